@@ -1,0 +1,92 @@
+//! A case: one layer at one input, by name. What checks, verifies and writes layers passes these around.
+
+use crate::error::check_finite;
+use crate::{Error, Result};
+use ndarray::ArrayD;
+use std::collections::BTreeMap;
+
+/// Tensors by their names in a case file, such as `y` or `grad.lora_A`.
+pub type Tensors = BTreeMap<String, ArrayD<f64>>;
+
+/// A tensor of a case.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Tensor {
+    /// Values.
+    Float(ArrayD<f64>),
+    /// Ids.
+    Int(ArrayD<i64>),
+}
+
+impl Tensor {
+    /// The shape.
+    pub fn shape(&self) -> &[usize] {
+        match self {
+            Self::Float(values) => values.shape(),
+            Self::Int(ids) => ids.shape(),
+        }
+    }
+}
+
+/// A layer's settings, parameters, input and cotangent, and in a case file somebody's answers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Case {
+    /// The case's own name.
+    pub name: String,
+    /// The layer's name in the [registry](crate::registry).
+    pub layer: String,
+    /// Everything else that the metadata says: `scaling`, `norm_gradient`, ...
+    pub settings: serde_json::Map<String, serde_json::Value>,
+    /// `x`, `base.weight`, ..., `grad.y`; `y` and `grad.*` are answers.
+    pub tensors: BTreeMap<String, Tensor>,
+}
+
+impl Case {
+    /// The values of a tensor.
+    ///
+    /// # Errors
+    ///
+    /// If it is missing (C7), holds ids, or is not finite (C2).
+    pub fn values(&self, name: &str) -> Result<&ArrayD<f64>> {
+        self.optional(name)?.ok_or_else(|| Error::Missing { tensor: name.into(), expected: "a tensor".into() }) // C7
+    }
+
+    /// The values of a tensor that need not be there.
+    ///
+    /// # Errors
+    ///
+    /// If it holds ids, or is not finite (C2).
+    pub fn optional(&self, name: &str) -> Result<Option<&ArrayD<f64>>> {
+        match self.tensors.get(name) {
+            None => Ok(None),
+            Some(Tensor::Int(_)) => Err(Error::Unexpected {
+                tensor: name.into(),
+                reason: "expected floating-point values, found integers".into(),
+            }),
+            Some(Tensor::Float(values)) => {
+                check_finite(name, values.view())?; // C2
+                Ok(Some(values))
+            }
+        }
+    }
+
+    /// The settings as a type; what the type does not name is ignored.
+    ///
+    /// # Errors
+    ///
+    /// A setting that is missing, of another type or out of its range (C4).
+    pub fn settings<S: serde::de::DeserializeOwned>(&self) -> Result<S> {
+        serde_json::from_value(self.settings.clone().into()).map_err(|error| Error::Setting {
+            name: "wora_case",
+            expected: format!("the settings of a {} layer", self.layer),
+            found: error.to_string(),
+        })
+    }
+}
+
+/// The index of the row-major `element` of a tensor of this shape.
+pub(crate) fn unravel(element: usize, shape: &[usize]) -> Vec<usize> {
+    let mut rest = element;
+    let mut index: Vec<usize> = shape.iter().rev().map(|&length| (rest % length, rest /= length).0).collect();
+    index.reverse();
+    index
+}

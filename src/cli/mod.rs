@@ -1,0 +1,72 @@
+//! The command line: one file a subcommand. Exit codes: 0 all well, 1 something is wrong with what was
+//! checked, 2 it could not be checked.
+
+mod check;
+mod verify;
+
+use clap::{Parser, Subcommand};
+use comfy_table::{ContentArrangement, Table, presets::UTF8_FULL_CONDENSED};
+use std::io::{ErrorKind, Write};
+use std::process::ExitCode;
+
+/// The oracle for WoRA: is a layer's forward and backward right?
+#[derive(Parser)]
+#[command(name = "wora", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Check(check::Args),
+    Verify(verify::Args),
+}
+
+/// How a command ended that could do its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    /// All well: exit code 0.
+    Good,
+    /// Something that was checked is wrong: exit code 1.
+    Wrong,
+    /// Something could not be checked, which has been said: exit code 2.
+    Unreadable,
+}
+
+/// Runs the command line of this process.
+pub fn run() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Check(args) => check::run(args),
+        Command::Verify(args) => verify::run(args),
+    };
+    match done {
+        Ok(Outcome::Good) => ExitCode::SUCCESS,
+        Ok(Outcome::Wrong) => ExitCode::from(1),
+        Ok(Outcome::Unreadable) => ExitCode::from(2),
+        Err(error) => {
+            eprintln!("wora: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Writes to standard output. A reader that has seen enough, as `head` does, is no error.
+fn print(text: &str) -> woracle::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.write_all(b"\n")).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(woracle::Error::File { path: "standard output".into(), message: error.to_string() })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table
+        .load_style(UTF8_FULL_CONDENSED)
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_header(header.to_vec());
+    table
+}

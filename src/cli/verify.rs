@@ -1,0 +1,116 @@
+//! `wora verify PATH...`: somebody's results, in case files, against the oracle's.
+
+use super::{Outcome, print, table};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use woracle::Result;
+use woracle::oracle::case_file;
+use woracle::oracle::verify::{TensorVerdict, Verdict, verify};
+
+/// Judge results that another implementation wrote into case files.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Case files, or directories of them
+    #[arg(required = true)]
+    paths: Vec<PathBuf>,
+    /// Print the whole report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report {
+    cases: Vec<CaseVerdict>,
+    passed: usize,
+    failed: usize,
+}
+
+#[derive(Serialize)]
+struct CaseVerdict {
+    name: String,
+    file: String,
+    verdict: Verdict,
+    tensors: Vec<TensorVerdict>,
+}
+
+pub fn run(args: Args) -> Result<Outcome> {
+    let mut files = Vec::new();
+    for path in &args.paths {
+        files.extend(case_file::find(path)?);
+    }
+    let bar = ProgressBar::new(files.len() as u64);
+    bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta}").expect("a template"));
+    let mut cases = Vec::new();
+    for file in &files {
+        bar.set_message(file.display().to_string());
+        cases.push(judge(file, &bar));
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    let passed = cases.iter().filter(|case| case.verdict == Verdict::Pass).count();
+    let report = Report { passed, failed: cases.len() - passed, cases };
+    print(&if args.json { serde_json::to_string(&report).expect("plain data") } else { as_table(&report) })?;
+    let any = |verdict| report.cases.iter().any(|case| case.verdict == verdict);
+    Ok(if any(Verdict::Error) {
+        Outcome::Unreadable
+    } else if any(Verdict::Fail) {
+        Outcome::Wrong
+    } else {
+        Outcome::Good
+    })
+}
+
+/// Judges one file. What is wrong with the file itself is said on standard error at once.
+fn judge(file: &Path, bar: &ProgressBar) -> CaseVerdict {
+    let stem = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let path = file.display().to_string();
+    let case = match case_file::read(file) {
+        Ok(case) => case,
+        Err(error) => {
+            bar.suspend(|| eprintln!("wora: {error}"));
+            return CaseVerdict { name: stem, file: path, verdict: Verdict::Error, tensors: vec![] };
+        }
+    };
+    match verify(&case) {
+        Ok(tensors) => {
+            let failed = tensors.iter().any(|tensor| tensor.verdict != Verdict::Pass);
+            let verdict = if failed { Verdict::Fail } else { Verdict::Pass };
+            CaseVerdict { name: case.name, file: path, verdict, tensors }
+        }
+        Err(error) => {
+            bar.suspend(|| eprintln!("wora: {}", error.in_file(file)));
+            CaseVerdict { name: case.name, file: path, verdict: Verdict::Error, tensors: vec![] }
+        }
+    }
+}
+
+fn word(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Pass => "pass",
+        Verdict::Fail => "FAIL",
+        Verdict::Error => "ERROR",
+    }
+}
+
+fn as_table(report: &Report) -> String {
+    let mut table = table(&["case", "tensor", "max abs error", "max rel error", "at", "expected", "actual", "verdict"]);
+    for case in &report.cases {
+        if case.verdict == Verdict::Error {
+            table.add_row([case.name.as_str(), "", "", "", "", "", "", word(case.verdict)]);
+        }
+        for tensor in &case.tensors {
+            table.add_row([
+                case.name.clone(),
+                tensor.name.clone(),
+                format!("{:.1e}", tensor.max_abs_error),
+                format!("{:.1e}", tensor.max_rel_error),
+                format!("{:?}", tensor.worst_index),
+                format!("{:.6e}", tensor.expected),
+                format!("{:.6e}", tensor.actual),
+                word(tensor.verdict).into(),
+            ]);
+        }
+    }
+    format!("{table}\n{} passed, {} failed", report.passed, report.failed)
+}

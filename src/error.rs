@@ -1,0 +1,124 @@
+//! One error for the whole crate: what is wrong, what was expected, what was found. One line each.
+
+use std::path::{Path, PathBuf};
+
+/// Everything that can be wrong with what a caller hands in.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A tensor has another shape than its role demands.
+    #[error("{tensor}: expected shape {expected}, found {found:?}")]
+    Shape {
+        /// The tensor's name in a case file.
+        tensor: String,
+        /// The shape that was expected, `*` standing for any length.
+        expected: String,
+        /// The shape that was found.
+        found: Vec<usize>,
+    },
+    /// A tensor that is needed is not there.
+    #[error("{tensor}: expected {expected}, found none")]
+    Missing {
+        /// The tensor's name in a case file.
+        tensor: String,
+        /// Why it is needed.
+        expected: String,
+    },
+    /// A tensor is there that has no business to be.
+    #[error("{tensor}: {reason}")]
+    Unexpected {
+        /// The tensor's name.
+        tensor: String,
+        /// Why it is refused.
+        reason: String,
+    },
+    /// A tensor holds NaN or an infinity.
+    #[error("{tensor}{index:?}: expected a finite number, found {found}")]
+    NotFinite {
+        /// The tensor's name in a case file.
+        tensor: String,
+        /// Where.
+        index: Vec<usize>,
+        /// What stands there.
+        found: f64,
+    },
+    /// A setting has a value that it cannot have.
+    #[error("setting {name}: expected {expected}, found {found}")]
+    Setting {
+        /// The setting's name in a case file.
+        name: &'static str,
+        /// What it may be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+    /// `||V|| = 0`: the unit has no direction (SPEC.md, C5).
+    #[error(
+        "weight_norm[{unit}]: expected ||V|| > 0, found 0: the unit has no direction (zero_norm = \"zero\" makes it a zero row)"
+    )]
+    ZeroNorm {
+        /// The output unit, or the input column with `norm_axis = "input"`.
+        unit: usize,
+    },
+    /// `W0` cannot be recovered from `W'` (SPEC.md, C6).
+    #[error("unmerge: expected {expected}, found {found}: W0 cannot be recovered from the merged weight")]
+    Unmerge {
+        /// What unmerging divides by.
+        expected: String,
+        /// Its value.
+        found: String,
+    },
+    /// A file cannot be read, or is not what it should be.
+    #[error("{}: {message}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A name that the registry does not know, or a filter that selects nothing.
+    #[error("{what}: expected {expected}, found {found:?}")]
+    Unknown {
+        /// What was looked up.
+        what: &'static str,
+        /// What there is.
+        expected: String,
+        /// What was asked for.
+        found: String,
+    },
+}
+
+/// `Result` with this crate's [`Error`](enum@Error).
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// The same complaint, with the file it is about in front.
+    pub fn in_file(self, path: &Path) -> Self {
+        match self {
+            Self::File { .. } => self,
+            other => Self::File { path: path.to_path_buf(), message: other.to_string() },
+        }
+    }
+}
+
+/// Fails unless `found` is `expected` (SPEC.md, C1).
+pub(crate) fn check_shape(tensor: &str, expected: &[usize], found: &[usize]) -> Result<()> {
+    if expected == found {
+        return Ok(());
+    }
+    Err(Error::Shape { tensor: tensor.into(), expected: format!("{expected:?}"), found: found.to_vec() })
+}
+
+/// Fails at the first element that is NaN or infinite (SPEC.md, C2).
+pub(crate) fn check_finite<T: crate::Scalar>(tensor: &str, values: ndarray::ArrayViewD<'_, T>) -> Result<()> {
+    // One pass without a branch an element; the index is looked for only when there is one.
+    if values.iter().all(|value| value.is_finite()) {
+        return Ok(());
+    }
+    let (index, found) = values
+        .indexed_iter()
+        .find(|(_, value)| !value.is_finite())
+        .map(|(index, value)| (ndarray::Dimension::slice(&index).to_vec(), value.as_f64()))
+        .expect("an element that is not finite");
+    Err(Error::NotFinite { tensor: tensor.into(), index, found })
+}

@@ -1,0 +1,39 @@
+//! The reference implementation of WoRA (weighted-direction low-rank adaptation).
+//!
+//! ```text
+//! V  = beta W0 + alpha s B A          one row of V an output unit
+//! W' = m V / ||V||                    y = op(x, W') + b
+//! ```
+//!
+//! A way through the house, from the equation to the code:
+//!
+//! 1. [`wora::Config`]: the settings; alpha = beta = 1 is DoRA, no norm is LoRA.
+//! 2. [`wora::Definition`]: the equation in plain loops, forward and backward.
+//! 3. [`operators`]: what x and W do to each other. They know nothing of adapters.
+//! 4. [`wora::Layer`]: the fast path, which never forms V, W' or dW'.
+//! 5. [`gradcheck`] and [`oracle`]: who says that all this is right.
+//!
+//! The derivation of every line is in SPEC.md; `// E9` beside a line is the label of its formula there,
+//! `// C1` the constraint that a check enforces.
+
+pub mod case;
+pub mod cases;
+pub mod gradcheck;
+pub mod matmul;
+pub mod operators;
+pub mod oracle;
+pub mod registry;
+pub mod wora;
+
+mod error;
+mod rounded;
+mod scalar;
+
+pub use error::{Error, Result};
+pub use rounded::Rounded;
+pub use scalar::{Real, Scalar};
+pub use wora::{NormAxis, NormGradient};
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadmeExamples;

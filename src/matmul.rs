@@ -1,0 +1,129 @@
+//! The one door to matrix products: C = s A B, or C += s A B.
+//!
+//! By default [faer](https://docs.rs/faer) computes them; with the Cargo feature `openblas-system`
+//! or `openblas-static` BLAS-backed ndarray does. Operands may be any strided or transposed views.
+//!
+//! ```
+//! use ndarray::array;
+//! let a = array![[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]; // [3, 2]
+//! let ata = woracle::matmul::product(a.t(), a.view()); // [2, 2]
+//! assert_eq!(ata, array![[35.0, 44.0], [44.0, 56.0]]);
+//! ```
+
+use crate::Scalar;
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+
+/// From this many floating-point operations on, work is spread over the threads of rayon:
+/// below it, waking them costs more than they bring.
+pub const PARALLEL_FLOPS: usize = 10_000_000;
+
+/// What happens to the destination of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accumulate {
+    /// C = s A B
+    Replace,
+    /// C += s A B
+    Add,
+}
+
+/// A B: `[m, k]` times `[k, n]` is `[m, n]`.
+///
+/// # Panics
+///
+/// If the inner dimensions differ.
+pub fn product<T: Scalar>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Array2<T> {
+    let mut c = Array2::zeros((a.nrows(), b.ncols()));
+    product_into(T::one(), a, b, Accumulate::Replace, c.view_mut());
+    c
+}
+
+/// C = s A B or C += s A B: `[m, k]` times `[k, n]` into `[m, n]`.
+///
+/// # Panics
+///
+/// If the dimensions do not fit.
+pub fn product_into<T: Scalar>(
+    scale: T,
+    a: ArrayView2<'_, T>,
+    b: ArrayView2<'_, T>,
+    accumulate: Accumulate,
+    mut c: ArrayViewMut2<'_, T>,
+) {
+    assert_eq!(a.ncols(), b.nrows(), "inner dimensions of a matrix product");
+    assert_eq!(c.dim(), (a.nrows(), b.ncols()), "destination of a matrix product");
+    if c.is_empty() {
+        return;
+    }
+    if a.ncols() == 0 {
+        if accumulate == Accumulate::Replace {
+            c.fill(T::zero());
+        }
+        return;
+    }
+    backend::product_into(scale, a, b, accumulate, c);
+}
+
+#[cfg(not(feature = "openblas"))]
+mod backend {
+    use super::{Accumulate, PARALLEL_FLOPS};
+    use crate::Scalar;
+    use faer::{Accum, Par, linalg::matmul::matmul};
+    use faer_ext::IntoFaer;
+    use ndarray::{ArrayView2, ArrayViewMut2};
+
+    pub(super) fn product_into<T: Scalar>(
+        scale: T,
+        a: ArrayView2<'_, T>,
+        b: ArrayView2<'_, T>,
+        accumulate: Accumulate,
+        c: ArrayViewMut2<'_, T>,
+    ) {
+        let (rows, columns) = c.dim();
+        // A product with one row or one column is split along the sum by faer, into as many parts as
+        // there are threads: kept sequential, so that results do not depend on their number.
+        let parallel = rows > 1 && columns > 1 && 2 * rows * columns * a.ncols() >= PARALLEL_FLOPS;
+        let par = if parallel { Par::rayon(0) } else { Par::Seq };
+        let accum = match accumulate {
+            Accumulate::Replace => Accum::Replace,
+            Accumulate::Add => Accum::Add,
+        };
+        matmul(c.into_faer(), accum, a.into_faer(), b.into_faer(), scale, par);
+    }
+}
+
+#[cfg(feature = "openblas")]
+mod backend {
+    // Nothing calls into this crate by name: it brings the library that ndarray's products link to.
+    extern crate openblas_src as _;
+
+    use super::Accumulate;
+    use crate::Scalar;
+    use ndarray::{ArrayView2, ArrayViewMut2, CowArray, Ix2, linalg::general_mat_mul};
+
+    pub(super) fn product_into<T: Scalar>(
+        scale: T,
+        a: ArrayView2<'_, T>,
+        b: ArrayView2<'_, T>,
+        accumulate: Accumulate,
+        mut c: ArrayViewMut2<'_, T>,
+    ) {
+        let beta = if accumulate == Accumulate::Add { T::one() } else { T::zero() };
+        let (a, b) = (for_blas(a), for_blas(b));
+        if has_unit_stride(c.strides()) {
+            general_mat_mul(scale, &a, &b, beta, &mut c);
+        } else {
+            let mut contiguous = c.to_owned();
+            general_mat_mul(scale, &a, &b, beta, &mut contiguous);
+            c.assign(&contiguous);
+        }
+    }
+
+    /// BLAS reads rows or columns that lie contiguous; ndarray would quietly leave it for other strides.
+    fn for_blas<T: Scalar>(a: ArrayView2<'_, T>) -> CowArray<'_, T, Ix2> {
+        if has_unit_stride(a.strides()) { a.into() } else { a.as_standard_layout().into_owned().into() }
+    }
+
+    fn has_unit_stride(strides: &[isize]) -> bool {
+        strides.iter().all(|&stride| stride > 0) && strides.contains(&1)
+    }
+}

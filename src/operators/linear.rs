@@ -1,0 +1,147 @@
+//! Linear: `y[n, u] = sum_j W[u, j] x[n, j]`. SPEC.md, section 3.1.
+//!
+//! ```
+//! use ndarray::array;
+//! use woracle::operators::{Linear, Operator};
+//! let linear = Linear { in_features: 3, out_features: 2, fan_in_fan_out: false };
+//! let x = array![[1.0, 2.0, 3.0]].into_dyn(); // [1, 3]
+//! let weight = array![[1.0, 0.0, -1.0], [2.0, 1.0, 0.0]]; // [2, 3]
+//! let y = linear.apply(&x.into(), &[weight.view()]); // one [1, 2, 1]
+//! assert_eq!(y[0].iter().copied().collect::<Vec<_>>(), [-2.0, 4.0]);
+//! ```
+
+use super::{Input, Operator, Term};
+use crate::matmul::{Accumulate, product, product_into};
+use crate::{Error, Result, Scalar};
+use ndarray::{Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD, Axis, CowArray, Ix2, IxDyn};
+use serde::{Deserialize, Serialize};
+
+/// PyTorch's `nn.Linear` without its bias: x `[..., in_features]`, y `[..., out_features]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Linear {
+    /// Columns of the weight.
+    pub in_features: usize,
+    /// Rows of the weight.
+    pub out_features: usize,
+    /// The weight is stored `[in_features, out_features]`, as GPT-2's `Conv1D` does.
+    pub fan_in_fan_out: bool,
+}
+
+/// What a case file says of a linear layer beside the shapes of its tensors.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinearSettings {
+    /// The weight is stored `[in_features, out_features]`.
+    #[serde(default)]
+    pub fan_in_fan_out: bool,
+}
+
+impl<T: Scalar> Input<T> for CowArray<'_, T, IxDyn> {
+    fn values(&self) -> Option<ArrayViewD<'_, T>> {
+        Some(self.view())
+    }
+    fn from_values(values: ArrayD<T>) -> Option<Self> {
+        Some(values.into())
+    }
+    fn shape(&self) -> &[usize] {
+        self.shape()
+    }
+}
+
+impl Linear {
+    /// `[..., in_features]` as `[rows, in_features]`.
+    fn rows<'a, T: Scalar>(&self, x: &'a CowArray<'_, T, IxDyn>) -> CowArray<'a, T, Ix2> {
+        let rows = x.len() / self.in_features;
+        x.to_shape((rows, self.in_features)).expect("an input checked by output_shape")
+    }
+}
+
+impl Operator for Linear {
+    type Input<'x, T: Scalar> = CowArray<'x, T, IxDyn>;
+
+    type Settings = LinearSettings;
+
+    const LORA_NAMES: [&'static str; 2] = ["lora_A", "lora_B"];
+    const COLUMNS_ARE_NOT_FEATURES: Option<&'static str> = None;
+
+    fn from_weight_shape(settings: LinearSettings, weight: &[usize]) -> Result<Self> {
+        let LinearSettings { fan_in_fan_out } = settings;
+        match *weight {
+            [a, b] if a > 0 && b > 0 => {
+                let (out_features, in_features) = if fan_in_fan_out { (b, a) } else { (a, b) };
+                Ok(Self { in_features, out_features, fan_in_fan_out })
+            }
+            _ => {
+                let expected = if fan_in_fan_out { "[in, out], neither 0" } else { "[out, in], neither 0" };
+                Err(Error::Shape { tensor: "base.weight".into(), expected: expected.into(), found: weight.to_vec() }) // C1
+            }
+        }
+    }
+    fn units(&self) -> usize {
+        self.out_features
+    }
+    fn fan_in(&self) -> usize {
+        self.in_features
+    }
+    fn weight_shape(&self) -> Vec<usize> {
+        if self.fan_in_fan_out {
+            vec![self.in_features, self.out_features]
+        } else {
+            vec![self.out_features, self.in_features]
+        }
+    }
+    fn lora_shapes(&self, rank: usize) -> [Vec<usize>; 2] {
+        [vec![rank, self.in_features], vec![self.out_features, rank]]
+    }
+    fn weight_matrix<'w, E>(&self, weight: ArrayViewD<'w, E>) -> ArrayView2<'w, E> {
+        let matrix = weight.into_dimensionality::<Ix2>().expect("a weight checked by its shape");
+        if self.fan_in_fan_out { matrix.reversed_axes() } else { matrix }
+    }
+    fn stored_weight<E: Clone>(&self, matrix: Array2<E>) -> ArrayD<E> {
+        let stored = if self.fan_in_fan_out { matrix.reversed_axes() } else { matrix };
+        stored.as_standard_layout().into_owned().into_dyn()
+    }
+
+    fn output_shape<T: Scalar>(&self, x: &Self::Input<'_, T>) -> Result<Vec<usize>> {
+        let mut shape = x.shape().to_vec();
+        match shape.last_mut() {
+            Some(last) if *last == self.in_features => *last = self.out_features,
+            _ => {
+                let expected = format!("[..., {}]", self.in_features);
+                return Err(Error::Shape { tensor: "x".into(), expected, found: shape }); // C1
+            }
+        }
+        Ok(shape)
+    }
+
+    fn apply<T: Scalar>(&self, x: &Self::Input<'_, T>, weights: &[ArrayView2<'_, T>]) -> Vec<Array3<T>> {
+        let x = self.rows(x);
+        weights.iter().map(|weight| product(x.view(), weight.t()).insert_axis(Axis(2))).collect() // E2
+    }
+
+    fn adjoint_input<T: Scalar>(
+        &self,
+        x: &Self::Input<'_, T>,
+        pairs: &[(ArrayView3<'_, T>, ArrayView2<'_, T>)],
+    ) -> Option<ArrayD<T>> {
+        let mut dx = Array2::zeros((x.len() / self.in_features, self.in_features));
+        for (dy, weight) in pairs {
+            product_into(T::one(), dy.index_axis(Axis(2), 0), *weight, Accumulate::Add, dx.view_mut()); // E3
+        }
+        Some(dx.into_shape_with_order(x.shape()).expect("as many elements as x"))
+    }
+
+    fn adjoint_weight<T: Scalar>(&self, x: &Self::Input<'_, T>, dy: ArrayView3<'_, T>) -> Array2<T> {
+        product(dy.index_axis(Axis(2), 0).t(), self.rows(x).view()) // E4
+    }
+
+    fn terms<T: Scalar>(&self, x: &Self::Input<'_, T>, mut visit: impl FnMut(Term)) {
+        let (units, columns) = (self.out_features, self.in_features);
+        for n in 0..x.len() / columns {
+            for unit in 0..units {
+                for column in 0..columns {
+                    visit(Term { output: n * units + unit, unit, column, input: n * columns + column }); // E2
+                }
+            }
+        }
+    }
+}

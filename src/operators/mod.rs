@@ -1,0 +1,108 @@
+//! Operators: maps `y = op(x, W)` that are linear in `x` and in `W`, and their adjoints.
+//!
+//! An operator knows nothing of adapters. It sees every weight as a matrix `[units, fan_in]`, one row
+//! an output unit, and every output as `[outer, units, inner]`: a linear layer's rows are `outer`, a
+//! convolution's images are `outer` and its pixels `inner`. SPEC.md, section 3.
+
+mod channels;
+mod linear;
+
+pub(crate) use channels::{
+    channel_products, channel_sums, mix_adjoint_input, mix_adjoint_weight, mix_into, scale_channels,
+};
+pub use linear::{Linear, LinearSettings};
+
+use crate::{Result, Scalar};
+use ndarray::{Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD};
+
+/// What an operator is applied to: floating-point values, or ids.
+pub trait Input<T>: Clone + Send + Sync {
+    /// The values; `None` for ids, which have no gradient and take no mask.
+    fn values(&self) -> Option<ArrayViewD<'_, T>>;
+    /// An input that holds these values; `None` where only ids will do.
+    fn from_values(values: ArrayD<T>) -> Option<Self>;
+    /// An input that holds these ids; `None` where only values will do.
+    fn from_ids(_ids: ArrayD<i64>) -> Option<Self> {
+        None
+    }
+    /// The shape, as the caller gave it.
+    fn shape(&self) -> &[usize];
+}
+
+/// A map that is linear in its input and in its weight. SPEC.md, E1.
+pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
+    /// What it is applied to. The lifetime lets a caller lend the values instead of copying them.
+    type Input<'x, T: Scalar>: Input<T>;
+
+    /// What a case file says of it beside the shapes of its tensors.
+    type Settings: serde::de::DeserializeOwned;
+
+    /// What the low-rank pair is called in PEFT's files.
+    const LORA_NAMES: [&'static str; 2];
+    /// Why the columns of the weight are not features of the input, where they are not: a setting that
+    /// acts on input columns is refused with this reason.
+    const COLUMNS_ARE_NOT_FEATURES: Option<&'static str>;
+
+    /// The operator with these settings and a weight stored in this shape.
+    ///
+    /// # Errors
+    ///
+    /// A shape or a setting that no such operator has (C1, C4).
+    fn from_weight_shape(settings: Self::Settings, weight: &[usize]) -> Result<Self>;
+    /// The number of output units: rows of the weight matrix.
+    fn units(&self) -> usize;
+    /// The number of weights a unit has: columns of the weight matrix.
+    fn fan_in(&self) -> usize;
+    /// The number of groups: unit i combines only the ranks of its own group.
+    fn groups(&self) -> usize {
+        1
+    }
+    /// The shape in which the weight is stored.
+    fn weight_shape(&self) -> Vec<usize>;
+    /// The shapes in which the low-rank pair of this rank is stored: A, then B.
+    fn lora_shapes(&self, rank: usize) -> [Vec<usize>; 2];
+    /// A stored weight seen as `[units, fan_in]`. The stored array is in standard layout.
+    fn weight_matrix<'w, E>(&self, weight: ArrayViewD<'w, E>) -> ArrayView2<'w, E>;
+    /// The matrix `[units, fan_in]` in the shape in which a weight is stored.
+    fn stored_weight<E: Clone>(&self, matrix: Array2<E>) -> ArrayD<E>;
+
+    /// Which axis of an output with this many axes runs over the units.
+    fn unit_axis(&self, output_ndim: usize) -> usize {
+        output_ndim - 1
+    }
+    /// The output's shape, or what is wrong with the input's.
+    ///
+    /// # Errors
+    ///
+    /// If the operator cannot be applied to an input of this shape.
+    fn output_shape<T: Scalar>(&self, x: &Self::Input<'_, T>) -> Result<Vec<usize>>;
+    /// `op(x, W)` for several weights `[units, fan_in]` in one walk over `x`: each `[outer, units, inner]`.
+    fn apply<T: Scalar>(&self, x: &Self::Input<'_, T>, weights: &[ArrayView2<'_, T>]) -> Vec<Array3<T>>;
+    /// The adjoint of `x -> op(x, W)`, summed over the pairs of dy `[outer, units, inner]` and
+    /// W `[units, fan_in]`: in the shape of `x`; `None` for ids.
+    fn adjoint_input<T: Scalar>(
+        &self,
+        x: &Self::Input<'_, T>,
+        pairs: &[(ArrayView3<'_, T>, ArrayView2<'_, T>)],
+    ) -> Option<ArrayD<T>>;
+    /// The adjoint of `W -> op(x, W)` at dy `[outer, units, inner]`: `[units, fan_in]`.
+    fn adjoint_weight<T: Scalar>(&self, x: &Self::Input<'_, T>, dy: ArrayView3<'_, T>) -> Array2<T>;
+
+    /// The definition: every term `y[output] += W[unit, column] * x[input]`, in a fixed order.
+    ///
+    /// `output` and `input` count the elements of y `[outer, units, inner]` and x in row-major order.
+    fn terms<T: Scalar>(&self, x: &Self::Input<'_, T>, visit: impl FnMut(Term));
+}
+
+/// One term of the definition of an operator: `y[output] += W[unit, column] * x[input]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Term {
+    /// Row-major index into y `[outer, units, inner]`.
+    pub output: usize,
+    /// Row of the weight matrix.
+    pub unit: usize,
+    /// Column of the weight matrix.
+    pub column: usize,
+    /// Row-major index into x.
+    pub input: usize,
+}

@@ -1,0 +1,242 @@
+//! The list of layers. Everything that checks, verifies, writes, times or explains iterates it: a new layer
+//! is one line here.
+//!
+//! ```
+//! let names: Vec<_> = woracle::registry::LAYERS.iter().map(|layer| layer.name()).collect();
+//! assert!(names.contains(&"linear"));
+//! ```
+
+use crate::case::{Case, Tensor, Tensors};
+use crate::cases::{LINEAR, Spec, draw};
+use crate::operators::{Input, Linear, Operator};
+use crate::wora::{
+    Adapter, Base, Config, Definition, Evaluation, Gradients, Layer, Method, NormGradient, RequiresGrad, SCALE_NAMES,
+};
+use crate::{Error, Real, Result, Rounded, Scalar};
+use ndarray::{Array1, ArrayD, ArrayViewD, Zip};
+use std::marker::PhantomData;
+
+/// Every layer.
+pub static LAYERS: &[&dyn Subject] = &[&Adapted::<Linear>::new("linear", LINEAR)];
+
+/// The layer of this name.
+///
+/// # Errors
+///
+/// A name that no layer has.
+pub fn layer(name: &str) -> Result<&'static dyn Subject> {
+    LAYERS.iter().copied().find(|layer| layer.name() == name).ok_or_else(|| Error::Unknown {
+        what: "layer",
+        expected: LAYERS.iter().map(|layer| layer.name()).collect::<Vec<_>>().join(", "),
+        found: name.into(),
+    })
+}
+
+/// A forward as a function of the tensors of a case.
+pub type Forward = Box<dyn Fn(&Case) -> Result<ArrayD<f64>> + Send + Sync>;
+
+/// The types of numbers that the production path runs in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// f32
+    F32,
+    /// f64
+    F64,
+}
+
+/// A layer as everything that iterates the registry sees it.
+///
+/// Results are named as in a case file: `y`, `grad.x`, `grad.lora_A`, ..., `weight_norm`, `merged_weight`.
+pub trait Subject: Sync {
+    /// The name, as `layer` in a case file.
+    fn name(&self) -> &'static str;
+    /// Its cases.
+    fn specs(&self) -> &'static [Spec];
+    /// The case of a spec.
+    fn draw(&self, spec: &Spec, seed: u64) -> Case;
+    /// Forward, and backward where there is a cotangent, by the production path.
+    ///
+    /// # Errors
+    ///
+    /// A tensor or a setting that does not fit the layer (C1 to C8).
+    fn evaluate(&self, case: &Case, precision: Precision) -> Result<Tensors>;
+    /// The same by the definition, in f64.
+    ///
+    /// # Errors
+    ///
+    /// As [`Subject::evaluate`].
+    fn define(&self, case: &Case) -> Result<Tensors>;
+    /// The rounding error to expect of each element of the same, in unit roundoffs.
+    ///
+    /// # Errors
+    ///
+    /// As [`Subject::evaluate`].
+    fn roundings(&self, case: &Case) -> Result<Tensors>;
+    /// The production forward whose gradient the backward claims to be: with the norms held at those of this
+    /// case where they are detached, or where there is no direction.
+    ///
+    /// # Errors
+    ///
+    /// As [`Subject::evaluate`].
+    fn surrogate(&self, case: &Case) -> Result<Forward>;
+    /// Whether a case of this layer has an input of this name.
+    ///
+    /// # Errors
+    ///
+    /// Settings that are none of this layer's (C4).
+    fn is_input(&self, case: &Case, tensor: &str) -> Result<bool>;
+    /// Whether that forward is affine in each element of this tensor alone.
+    ///
+    /// # Errors
+    ///
+    /// As [`Subject::evaluate`].
+    fn is_affine(&self, case: &Case, tensor: &str) -> Result<bool>;
+}
+
+/// A LoRA, DoRA or WoRA layer over an operator.
+struct Adapted<O> {
+    name: &'static str,
+    specs: &'static [Spec],
+    operator: PhantomData<fn() -> O>,
+}
+
+/// The tensors of a case as a layer takes them.
+struct Parts<O: Operator, T: Scalar> {
+    layer: Layer<O, T>,
+    x: O::Input<'static, T>,
+    mask: Option<ArrayD<T>>,
+    dy: Option<ArrayD<T>>,
+}
+
+impl<O: Operator> Adapted<O> {
+    const fn new(name: &'static str, specs: &'static [Spec]) -> Self {
+        Self { name, specs, operator: PhantomData }
+    }
+
+    fn config(case: &Case) -> Result<Config> {
+        case.settings()
+    }
+
+    fn parts<T: Scalar>(case: &Case) -> Result<Parts<O, T>> {
+        let cast = |values: &ArrayD<f64>| values.mapv(T::from_f64);
+        let config = Self::config(case)?;
+        let weight = case.values("base.weight")?;
+        let operator = O::from_weight_shape(case.settings()?, weight.shape())?;
+        let base = Base { weight: cast(weight), bias: case.optional("base.bias")?.map(cast) };
+        let adapter = Adapter::from_named(config.method, O::LORA_NAMES, |name| case.values(name).map(cast))?;
+        let layer = Layer::new(operator, config, base, adapter)?;
+        let mask = case.optional("dropout_mask")?.map(cast);
+        let dy = case.optional("grad.y")?.map(cast);
+        Ok(Parts { layer, x: Self::input(case)?, mask, dy })
+    }
+
+    fn input<T: Scalar>(case: &Case) -> Result<O::Input<'static, T>> {
+        let refuse = |reason: &str| Error::Unexpected { tensor: "x".into(), reason: reason.into() };
+        match case.tensors.get("x") {
+            Some(Tensor::Int(ids)) => <O::Input<'static, T>>::from_ids(ids.clone())
+                .ok_or_else(|| refuse("expected floating-point values, found integers")),
+            _ => <O::Input<'static, T>>::from_values(case.values("x")?.mapv(T::from_f64))
+                .ok_or_else(|| refuse("expected integer ids, found floating-point values")),
+        }
+    }
+
+    fn run<T: Scalar>(case: &Case) -> Result<Tensors> {
+        let Parts { layer, x, mask, dy } = Self::parts::<T>(case)?;
+        let (y, cache) = layer.forward(x, mask.as_ref().map(|values| values.view()))?;
+        let gradients = dy.map(|dy| layer.backward(cache, dy.view(), RequiresGrad::ALL)).transpose()?;
+        let weight_norm = layer.direction()?.map(|direction| direction.weight_norm);
+        let merged_weight = layer.merge()?.weight;
+        Ok(Self::tensors(Evaluation { y, weight_norm, merged_weight, gradients }, T::as_f64))
+    }
+
+    /// Runs the definition on numbers made of f64 by `lift` and reads results off by `read`.
+    fn define_on<R: Real>(case: &Case, lift: impl Fn(f64) -> R, read: impl Fn(R) -> f64) -> Result<Tensors> {
+        let Parts { layer, x, mask, dy } = Self::parts::<f64>(case)?;
+        let (base, adapter) = (layer.base(), layer.adapter());
+        let up = |values: ArrayViewD<'_, f64>| values.mapv(&lift);
+        layer.operator().output_shape(&x)?;
+        let definition = Definition {
+            operator: layer.operator(),
+            config: layer.config(),
+            input: &x,
+            x: x.values().map(up),
+            mask: mask.as_ref().map(|mask| up(mask.view())),
+            base: Base { weight: up(base.weight.view()), bias: base.bias.as_ref().map(|bias| up(bias.view())) },
+            adapter: Adapter {
+                lora_a: up(adapter.lora_a.view()),
+                lora_b: up(adapter.lora_b.view()),
+                magnitude: adapter.magnitude.as_ref().map(|m| up(m.view())),
+                alpha: adapter.alpha.as_ref().map(|alpha| up(alpha.view())),
+                beta: adapter.beta.as_ref().map(|beta| up(beta.view())),
+            },
+            frozen_norm: None,
+        };
+        Ok(Self::tensors(definition.evaluate(dy.as_ref().map(|values| values.view())), read))
+    }
+
+    /// Results under their names in a case file.
+    fn tensors<E: Copy>(evaluation: Evaluation<E>, read: impl Fn(E) -> f64) -> Tensors {
+        let Evaluation { y, weight_norm, merged_weight, gradients } = evaluation;
+        let mut named = vec![("y".to_string(), y), ("merged_weight".to_string(), merged_weight)];
+        named.extend(weight_norm.map(|norm: Array1<E>| ("weight_norm".to_string(), norm.into_dyn())));
+        if let Some(Gradients { x, weight, bias, adapter }) = gradients {
+            let base = [("grad.x", x), ("grad.base.weight", weight), ("grad.base.bias", bias)];
+            named.extend(base.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?))));
+            let adapter = adapter.named(O::LORA_NAMES).into_iter();
+            named.extend(adapter.map(|(name, values)| (format!("grad.{name}"), values.to_owned())));
+        }
+        named.into_iter().map(|(name, values)| (name, values.mapv(&read))).collect()
+    }
+}
+
+impl<O: Operator> Subject for Adapted<O> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+    fn specs(&self) -> &'static [Spec] {
+        self.specs
+    }
+    fn draw(&self, spec: &Spec, seed: u64) -> Case {
+        draw::<O>(spec, self.name, seed)
+    }
+    fn evaluate(&self, case: &Case, precision: Precision) -> Result<Tensors> {
+        match precision {
+            Precision::F32 => Self::run::<f32>(case),
+            Precision::F64 => Self::run::<f64>(case),
+        }
+    }
+    fn define(&self, case: &Case) -> Result<Tensors> {
+        Self::define_on(case, |value| value, |value| value)
+    }
+    fn roundings(&self, case: &Case) -> Result<Tensors> {
+        Self::define_on(case, Rounded::exact, Rounded::roundings)
+    }
+    fn surrogate(&self, case: &Case) -> Result<Forward> {
+        let here = Self::parts::<f64>(case)?.layer.direction()?.map(|direction| direction.weight_norm);
+        let detached = Self::config(case)?.norm_gradient == NormGradient::Detached;
+        Ok(Box::new(move |case| {
+            let Parts { layer, x, mask, .. } = Self::parts::<f64>(case)?;
+            let mask = mask.as_ref().map(|values| values.view());
+            let Some(here) = &here else { return Ok(layer.forward(x, mask)?.0) };
+            if detached {
+                return layer.forward_at_norm(x, mask, here.view());
+            }
+            // A unit without a direction has zero gradients by convention: it keeps its zero row.
+            let mut norm = layer.direction()?.expect("a method with a norm").weight_norm;
+            Zip::from(&mut norm).and(here).for_each(|norm, &here| *norm = if here == 0.0 { 0.0 } else { *norm });
+            layer.forward_at_norm(x, mask, norm.view())
+        }))
+    }
+    fn is_input(&self, case: &Case, tensor: &str) -> Result<bool> {
+        let config = Self::config(case)?;
+        let scales = if config.has_norm() { SCALE_NAMES.as_slice() } else { &[] };
+        let scales = if config.method == Method::Dora { &scales[..1] } else { scales };
+        let always = ["x", "base.weight", "base.bias", "dropout_mask", "grad.y"];
+        Ok(always.contains(&tensor) || O::LORA_NAMES.contains(&tensor) || scales.contains(&tensor))
+    }
+    fn is_affine(&self, case: &Case, tensor: &str) -> Result<bool> {
+        let config = Self::config(case)?;
+        let through_norm = ["base.weight", O::LORA_NAMES[0], O::LORA_NAMES[1], "lora_wora_alpha", "lora_wora_beta"];
+        Ok(!config.has_norm() || config.norm_gradient == NormGradient::Detached || !through_norm.contains(&tensor))
+    }
+}

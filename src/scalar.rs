@@ -1,0 +1,75 @@
+//! The numbers this crate computes with.
+//!
+//! [`Scalar`] (f32, f64) is what the production path runs on. [`Real`] asks for much less, so that
+//! the definition can also run on numbers that carry something along, such as
+//! [`Rounded`](crate::Rounded), which carries an estimate of its own rounding error.
+
+use std::ops::{Add, Div, Mul, Sub};
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for f64 {}
+}
+
+/// The floating-point type of a layer: `f32` or `f64`.
+pub trait Scalar: ndarray::NdFloat + faer::traits::ComplexField + sealed::Sealed {
+    /// `"f32"` or `"f64"`.
+    const NAME: &'static str;
+    /// Half the distance from 1 to the next number: the largest relative error of one rounding.
+    const UNIT_ROUNDOFF: f64;
+    /// The nearest number of this type.
+    fn from_f64(value: f64) -> Self;
+    /// The same number in f64, exactly.
+    fn as_f64(self) -> f64;
+}
+
+impl Scalar for f32 {
+    const NAME: &'static str = "f32";
+    const UNIT_ROUNDOFF: f64 = f32::EPSILON as f64 / 2.0;
+    fn from_f64(value: f64) -> Self {
+        value as f32
+    }
+    fn as_f64(self) -> f64 {
+        f64::from(self)
+    }
+}
+
+impl Scalar for f64 {
+    const NAME: &'static str = "f64";
+    const UNIT_ROUNDOFF: f64 = f64::EPSILON / 2.0;
+    fn from_f64(value: f64) -> Self {
+        value
+    }
+    fn as_f64(self) -> f64 {
+        self
+    }
+}
+
+/// A number that the [definition](crate::wora::Definition) can be evaluated on.
+pub trait Real:
+    Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> + Div<Output = Self> + Send + Sync + 'static
+{
+    /// A constant: exact, and independent of every input.
+    fn constant(value: f64) -> Self;
+    /// The number itself, without what it carries along.
+    fn value(self) -> f64;
+    /// The same number as one that is stored: what it was summed up from is forgotten.
+    fn stored(self) -> Self {
+        self
+    }
+    /// The square root.
+    fn sqrt(self) -> Self;
+}
+
+impl Real for f64 {
+    fn constant(value: f64) -> Self {
+        value
+    }
+    fn value(self) -> f64 {
+        self
+    }
+    fn sqrt(self) -> Self {
+        self.sqrt()
+    }
+}

@@ -1,0 +1,281 @@
+//! The definition, in plain loops over the materialised W': slow, readable, and sharing no line with the
+//! production path. Every production path is tested against it, on any [`Real`] number. SPEC.md, section 4.
+//!
+//! ```
+//! # use ndarray::array;
+//! use woracle::{operators::Linear, wora::{Adapter, Base, Config, Definition, Method}};
+//! let operator = Linear { in_features: 2, out_features: 1, fan_in_fan_out: false };
+//! let (config, x) = (Config::new(Method::Wora, 1.0), array![[1.0, 1.0]].into_dyn());
+//! let scalar = |value: f64| ndarray::ArrayD::from_elem(ndarray::IxDyn(&[]), value);
+//! let definition = Definition {
+//!     operator: &operator, config: &config, input: &x.view().into(), x: Some(x.clone()), mask: None,
+//!     base: Base { weight: array![[3.0, 2.0]].into_dyn(), bias: None },
+//!     adapter: Adapter {
+//!         lora_a: array![[0.0, 1.0]].into_dyn(), lora_b: array![[2.0]].into_dyn(),
+//!         magnitude: Some(array![10.0].into_dyn()), alpha: Some(scalar(1.0)), beta: Some(scalar(1.0)),
+//!     },
+//!     frozen_norm: None,
+//! };
+//! let dy = array![[1.0]].into_dyn();
+//! let all = definition.evaluate(Some(dy.view())); // V = [3, 4], ||V|| = 5, W' = [6, 8]
+//! assert_eq!(all.y, array![[14.0]].into_dyn());
+//! assert_eq!(all.gradients.unwrap().adapter.magnitude.unwrap(), array![7.0 / 5.0].into_dyn());
+//! ```
+
+use super::adapter::as_matrix;
+use super::{Adapter, Base, Config, Gradients, Method, NormAxis, NormGradient};
+use crate::Real;
+use crate::operators::Operator;
+use ndarray::{Array1, Array2, ArrayD, ArrayViewD, IxDyn};
+
+/// One layer at one input, as numbers `R`. All tensors in the shapes of a case file.
+#[derive(Clone, Debug)]
+pub struct Definition<'a, 'x, O: Operator, R> {
+    /// The operator.
+    pub operator: &'a O,
+    /// The settings.
+    pub config: &'a Config,
+    /// The input as the operator takes it: its shape, or the ids.
+    pub input: &'a O::Input<'x, f64>,
+    /// The input's values; `None` for ids.
+    pub x: Option<ArrayD<R>>,
+    /// The dropout mask, in the shape of x.
+    pub mask: Option<ArrayD<R>>,
+    /// W0 and b.
+    pub base: Base<R>,
+    /// A, B, m, alpha, beta.
+    pub adapter: Adapter<R>,
+    /// Norms to use instead of `||V|| + eps`, held constant: `[units]` or `[fan_in]`.
+    pub frozen_norm: Option<Array1<R>>,
+}
+
+/// What the definition says.
+#[derive(Clone, Debug)]
+pub struct Evaluation<R> {
+    /// The output.
+    pub y: ArrayD<R>,
+    /// `n = ||V|| + eps`; `None` for LoRA.
+    pub weight_norm: Option<Array1<R>>,
+    /// W', as W0 is stored.
+    pub merged_weight: ArrayD<R>,
+    /// All gradients, where there was a cotangent.
+    pub gradients: Option<Gradients<R>>,
+}
+
+/// The adapted weight, every stage of it.
+struct Weights<R> {
+    /// W0: `[units, fan_in]`
+    base: Array2<R>,
+    /// B A: `[units, fan_in]`
+    delta: Array2<R>,
+    /// V: `[units, fan_in]`
+    weighted: Array2<R>,
+    /// m, `||V||` and n; `None` for LoRA.
+    norms: Option<Norms<R>>,
+    /// W': `[units, fan_in]`
+    merged: Array2<R>,
+}
+
+/// One entry a norm: `[units]` or `[fan_in]`.
+struct Norms<R> {
+    m: Vec<R>,
+    /// `||V||`
+    norm: Vec<R>,
+    /// `||V|| + eps`, or the frozen norm
+    n: Vec<R>,
+}
+
+impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
+    /// y, the stages of the weight, and, given the cotangent dy, every gradient.
+    ///
+    /// # Panics
+    ///
+    /// If the tensors' shapes do not fit together: [`Layer::new`](super::Layer::new) is what checks them.
+    pub fn evaluate(&self, dy: Option<ArrayViewD<'_, f64>>) -> Evaluation<R> {
+        let weights = self.weights();
+        Evaluation {
+            y: self.forward(&weights),
+            weight_norm: weights.norms.as_ref().map(|norms| norms.n.clone().into()),
+            merged_weight: self.operator.stored_weight(weights.merged.clone()),
+            gradients: dy.map(|dy| self.backward(&weights, &dy.mapv(R::constant))),
+        }
+    }
+
+    fn alpha(&self) -> R {
+        self.adapter.alpha_or(R::constant(1.0))
+    }
+    fn beta(&self) -> R {
+        self.adapter.beta_or(R::constant(1.0))
+    }
+    /// The rows of A that unit u combines are those of its group: the first of them.
+    fn first_rank(&self, u: usize, ranks_of_group: usize) -> usize {
+        u / (self.operator.units() / self.operator.groups()) * ranks_of_group
+    }
+    /// The norm that entry (u, j) of V belongs to.
+    fn norm_index(&self, u: usize, j: usize) -> usize {
+        if self.config.norm_axis == NormAxis::Output { u } else { j }
+    }
+
+    fn weights(&self) -> Weights<R> {
+        let (units, fan_in) = (self.operator.units(), self.operator.fan_in());
+        let zero = R::constant(0.0);
+        let base = self.operator.weight_matrix(self.base.weight.view()).to_owned();
+        let (a, b) = (as_matrix(&self.adapter.lora_a), as_matrix(&self.adapter.lora_b));
+        let alpha_s = self.alpha() * R::constant(self.config.scaling);
+        let mut delta = Array2::from_elem((units, fan_in), zero);
+        let mut weighted = delta.clone();
+        for u in 0..units {
+            let first = self.first_rank(u, b.ncols());
+            for j in 0..fan_in {
+                for k in 0..b.ncols() {
+                    delta[[u, j]] = delta[[u, j]] + b[[u, k]] * a[[first + k, j]];
+                }
+                weighted[[u, j]] = self.beta() * base[[u, j]] + alpha_s * delta[[u, j]]; // E9
+            }
+        }
+        let Some(magnitude) = &self.adapter.magnitude else {
+            let merged = weighted.clone();
+            return Weights { base, delta, weighted, norms: None, merged };
+        };
+        let m = flat(magnitude);
+        let mut squares = vec![zero; m.len()];
+        for ((u, j), &v) in weighted.indexed_iter() {
+            let i = self.norm_index(u, j);
+            squares[i] = squares[i] + v.stored() * v.stored(); // the norm of V itself, however V came about
+        }
+        let norm: Vec<R> = squares.into_iter().map(R::sqrt).collect();
+        let plus_eps = |&norm: &R| if norm.value() == 0.0 { zero } else { norm + R::constant(self.config.norm_eps) };
+        let n = match &self.frozen_norm {
+            Some(frozen) => frozen.to_vec(),
+            None => norm.iter().map(plus_eps).collect(), // E10
+        };
+        let mut merged = weighted.clone();
+        for ((u, j), w) in merged.indexed_iter_mut() {
+            let i = self.norm_index(u, j);
+            *w = gain(m[i], n[i]) * *w; // E12
+        }
+        Weights { base, delta, weighted, norms: Some(Norms { m, norm, n }), merged }
+    }
+
+    /// `y = op(x, W0) + op(x~, W' - W0) + b`. E13
+    fn forward(&self, weights: &Weights<R>) -> ArrayD<R> {
+        let shape = self.operator.output_shape::<f64>(self.input).expect("an input that a layer accepts");
+        let mut y = vec![R::constant(0.0); shape.iter().product()];
+        let (x, mask) = (self.x.as_ref().map(flat), self.mask.as_ref().map(flat));
+        self.operator.terms::<f64>(self.input, |t| {
+            let at = [t.unit, t.column];
+            let weight = match &mask {
+                None => weights.merged[at],
+                Some(mask) => weights.base[at] + (weights.merged[at] - weights.base[at]) * mask[t.input], // E13
+            };
+            y[t.output] = y[t.output] + weight * x.as_ref().expect("values")[t.input]; // E13
+        });
+        if let Some(bias) = &self.base.bias {
+            let outputs_of_unit: usize = shape[self.operator.unit_axis(shape.len()) + 1..].iter().product();
+            for (o, y) in y.iter_mut().enumerate() {
+                *y = *y + bias[(o / outputs_of_unit) % self.operator.units()]; // E13
+            }
+        }
+        ArrayD::from_shape_vec(shape, y).expect("as many outputs as the shape says")
+    }
+
+    /// The adjoint of every line of the forward, last line first. SPEC.md, section 4.2.
+    fn backward(&self, weights: &Weights<R>, dy: &ArrayD<R>) -> Gradients<R> {
+        let zero = R::constant(0.0);
+        let (units, fan_in) = weights.base.dim();
+        let (x, mask, dy_flat) = (self.x.as_ref().map(flat), self.mask.as_ref().map(flat), flat(dy));
+
+        let mut dmerged = Array2::from_elem((units, fan_in), zero);
+        let mut dbase = dmerged.clone();
+        let mut dx = vec![zero; x.as_ref().map_or(0, Vec::len)];
+        self.operator.terms::<f64>(self.input, |t| {
+            let at = [t.unit, t.column];
+            let (dy, x) = (dy_flat[t.output], x.as_ref().expect("values")[t.input]);
+            match &mask {
+                None => {
+                    dmerged[at] = dmerged[at] + dy * x;
+                    dx[t.input] = dx[t.input] + dy * weights.merged[at];
+                }
+                Some(mask) => {
+                    let kept = mask[t.input];
+                    dmerged[at] = dmerged[at] + dy * x * kept;
+                    dbase[at] = dbase[at] + (dy * x - dy * x * kept);
+                    let weight = weights.base[at] + (weights.merged[at] - weights.base[at]) * kept;
+                    dx[t.input] = dx[t.input] + dy * weight;
+                }
+            }
+        });
+
+        // W' = g V, so dV = g dW', and through the norm, where it is not held constant, dV = k V beside.
+        let mut dweighted = dmerged.clone();
+        let mut dmagnitude = None;
+        if let Some(Norms { m, norm, n }) = &weights.norms {
+            let mut dgain = vec![zero; n.len()];
+            for ((u, j), &d) in dmerged.indexed_iter() {
+                let i = self.norm_index(u, j);
+                dgain[i] = dgain[i] + d * weights.weighted[[u, j]]; // E27
+            }
+            let full = self.config.norm_gradient == NormGradient::Full && self.frozen_norm.is_none();
+            for ((u, j), d) in dweighted.indexed_iter_mut() {
+                let i = self.norm_index(u, j);
+                let g = gain(m[i], n[i]);
+                *d = g * *d;
+                if full && n[i].value() != 0.0 {
+                    *d = *d - dgain[i] * g / (n[i] * norm[i]) * weights.weighted[[u, j]]; // E31
+                }
+            }
+            dmagnitude = Some(dgain.iter().zip(n).map(|(&c, &n)| gain(c, n)).collect()); // E28
+        }
+
+        // V = beta W0 + alpha s B A.
+        let (alpha, beta, s) = (self.alpha(), self.beta(), R::constant(self.config.scaling));
+        let (a, b) = (as_matrix(&self.adapter.lora_a), as_matrix(&self.adapter.lora_b));
+        let (mut dalpha, mut dbeta) = (zero, zero);
+        let (mut da, mut db) = (Array2::from_elem(a.dim(), zero), Array2::from_elem(b.dim(), zero));
+        for ((u, j), &dv) in dweighted.indexed_iter() {
+            dalpha = dalpha + s * dv * weights.delta[[u, j]];
+            dbeta = dbeta + dv * weights.base[[u, j]];
+            dbase[[u, j]] = dbase[[u, j]] + beta * dv;
+            let first = self.first_rank(u, b.ncols());
+            for k in 0..b.ncols() {
+                db[[u, k]] = db[[u, k]] + alpha * s * dv * a[[first + k, j]];
+                da[[first + k, j]] = da[[first + k, j]] + alpha * s * dv * b[[u, k]];
+            }
+        }
+        let dbias = self.base.bias.as_ref().map(|bias| {
+            let outputs_of_unit: usize = dy.shape()[self.operator.unit_axis(dy.ndim()) + 1..].iter().product();
+            let mut dbias = ArrayD::from_elem(bias.shape(), zero);
+            for (o, &dy) in dy_flat.iter().enumerate() {
+                let u = (o / outputs_of_unit) % units;
+                dbias[u] = dbias[u] + dy; // E30
+            }
+            dbias
+        });
+
+        let scalar = |value| (self.config.method == Method::Wora).then(|| ArrayD::from_elem(IxDyn(&[]), value));
+        Gradients {
+            x: self.x.as_ref().map(|x| ArrayD::from_shape_vec(x.shape(), dx).expect("as many as x")),
+            weight: Some(self.operator.stored_weight(dbase)),
+            bias: dbias,
+            adapter: Adapter {
+                lora_a: ArrayD::from_shape_vec(self.adapter.lora_a.shape(), da.into_raw_vec_and_offset().0).expect("A"),
+                lora_b: ArrayD::from_shape_vec(self.adapter.lora_b.shape(), db.into_raw_vec_and_offset().0).expect("B"),
+                magnitude: dmagnitude
+                    .zip(self.adapter.magnitude.as_ref())
+                    .map(|(dm, m)| ArrayD::from_shape_vec(m.shape(), dm).expect("one an entry of m")),
+                alpha: scalar(dalpha),
+                beta: scalar(dbeta),
+            },
+        }
+    }
+}
+
+/// `m / n`, 0 where there is no direction. E11
+fn gain<R: Real>(m: R, n: R) -> R {
+    if n.value() == 0.0 { n } else { m / n }
+}
+
+/// The elements in row-major order.
+fn flat<R: Copy>(array: &ArrayD<R>) -> Vec<R> {
+    array.iter().copied().collect()
+}

@@ -1,0 +1,220 @@
+//! The norms `||V_i||` and gains `g_i = m_i / (||V_i|| + eps)` without forming V, and the adjoint of the
+//! norm. SPEC.md, section 5.
+//!
+//! With `norm_axis = "input"` the same lines run on the transposed factors: the columns of
+//! `beta W0 + alpha s B A` are the rows of `beta W0^T + alpha s A^T B^T`.
+
+use super::{Config, ZeroNorm};
+use crate::matmul::{Accumulate, PARALLEL_FLOPS, product, product_into};
+use crate::{Error, Result, Scalar};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, Slice, Zip};
+use rayon::prelude::*;
+
+/// Below this fraction of the sum of its absolute terms, the factored `||V_i||^2` is not trusted and the
+/// norm is taken of the row itself. At 1/4 a norm has lost two bits to cancellation. SPEC.md, section 5.2.
+pub const CANCELLATION: f64 = 0.25;
+
+/// `V = beta base + alpha s left right`, one norm a row.
+#[derive(Clone, Copy)]
+pub(crate) struct Factors<'a, T> {
+    /// `[rows, columns]`
+    pub base: ArrayView2<'a, T>,
+    /// `[rows, rank / groups]`
+    pub left: ArrayView2<'a, T>,
+    /// `[rank, columns]`
+    pub right: ArrayView2<'a, T>,
+    /// Row i uses the rows of `right` that belong to its group.
+    pub groups: usize,
+    /// `||base_i||^2`: `[rows]`
+    pub base_sq: ArrayView1<'a, T>,
+    pub alpha: T,
+    pub beta: T,
+    pub scaling: T,
+}
+
+/// Everything about the norms that forward and backward share.
+#[derive(Clone, Debug)]
+pub struct Direction<T> {
+    /// `||V_i||`: `[rows]`
+    pub norm: Array1<T>,
+    /// `n_i = ||V_i|| + eps`, which divides; 0 where `||V_i|| = 0`: `[rows]`
+    pub weight_norm: Array1<T>,
+    /// `g_i = m_i / n_i`, 0 where `||V_i|| = 0`: `[rows]`
+    pub gain: Array1<T>,
+    /// `base_i right^T`: `[rows, rank / groups]`
+    cross: Array2<T>,
+    /// `left_i (right right^T)`: `[rows, rank / groups]`
+    mixed: Array2<T>,
+    /// `<base_i, delta_i>`: `[rows]`
+    base_delta: Array1<T>,
+    /// `||delta_i||^2`: `[rows]`
+    delta_sq: Array1<T>,
+}
+
+/// What the gradient through the norm adds to the factors' gradients.
+pub(crate) struct NormPath<T> {
+    pub d_left: Array2<T>,
+    pub d_right: Array2<T>,
+    pub dalpha: T,
+    pub dbeta: T,
+}
+
+impl<'a, T: Scalar> Factors<'a, T> {
+    /// The factors of one group, and which rows they are.
+    fn group(&self, q: usize) -> (Factors<'a, T>, Slice) {
+        let (rows, ranks) = (self.base.nrows() / self.groups, self.right.nrows() / self.groups);
+        let (range, ranks) = (Slice::from(q * rows..(q + 1) * rows), Slice::from(q * ranks..(q + 1) * ranks));
+        let mut of_group = Factors { groups: 1, ..*self };
+        of_group.base.slice_axis_inplace(Axis(0), range);
+        of_group.left.slice_axis_inplace(Axis(0), range);
+        of_group.right.slice_axis_inplace(Axis(0), ranks);
+        of_group.base_sq.slice_axis_inplace(Axis(0), range);
+        (of_group, range)
+    }
+
+    /// `||V_i||` from the row itself, scaled so that no square overflows or vanishes.
+    fn norm_of_row(&self, i: usize) -> T {
+        let rows = self.base.nrows() / self.groups;
+        let (of_group, _) = self.group(i / rows);
+        let i = i % rows;
+        let mut row = of_group.base.row(i).map(|&w| self.beta * w);
+        for (&b, a) in of_group.left.row(i).iter().zip(of_group.right.rows()) {
+            row.scaled_add(self.alpha * self.scaling * b, &a);
+        }
+        norm(row.view())
+    }
+}
+
+/// The Euclidean norm, scaled by the largest element.
+pub(crate) fn norm<T: Scalar>(row: ArrayView1<'_, T>) -> T {
+    let largest =
+        row.iter().fold(T::zero(), |largest, v| if v.abs() > largest || v.is_nan() { v.abs() } else { largest });
+    if largest == T::zero() || !largest.is_finite() {
+        return largest;
+    }
+    largest * row.iter().fold(T::zero(), |sum, &v| sum + (v / largest) * (v / largest)).sqrt()
+}
+
+impl<T: Scalar> Direction<T> {
+    /// Norms and gains of the factors. `magnitude` is m: `[rows]`.
+    ///
+    /// # Errors
+    ///
+    /// A row with `||V_i|| = 0`, unless `zero_norm` says otherwise (C5); a norm that overflows (C2).
+    pub(crate) fn new(factors: &Factors<'_, T>, magnitude: ArrayView1<'_, T>, config: &Config) -> Result<Self> {
+        let (rows, rank) = factors.left.dim();
+        let (mut cross, mut mixed) = (Array2::zeros((rows, rank)), Array2::zeros((rows, rank)));
+        for q in 0..factors.groups {
+            let (f, range) = factors.group(q);
+            let gram = product(f.right, f.right.t());
+            product_into(T::one(), f.base, f.right.t(), Accumulate::Replace, cross.slice_axis_mut(Axis(0), range));
+            product_into(T::one(), f.left, gram.view(), Accumulate::Replace, mixed.slice_axis_mut(Axis(0), range));
+        }
+        let row_dots = |a: &Array2<T>| Zip::from(factors.left.rows()).and(a.rows()).map_collect(|left, a| left.dot(&a));
+        let (base_delta, delta_sq) = (row_dots(&cross), row_dots(&mixed));
+
+        let (beta, gamma) = (factors.beta, factors.alpha * factors.scaling);
+        let two = T::one() + T::one();
+        let threshold = T::from_f64(CANCELLATION);
+        let factored: Array1<Option<T>> = Zip::from(factors.base_sq).and(&base_delta).and(&delta_sq).map_collect(
+            |&base_sq, &base_delta, &delta_sq| {
+                let terms = [beta * beta * base_sq, two * beta * gamma * base_delta, gamma * gamma * delta_sq];
+                let sum = terms[0] + terms[1] + terms[2]; // E14
+                let trusted = sum.is_normal() && sum >= threshold * (terms[0].abs() + terms[1].abs() + terms[2].abs());
+                trusted.then(|| sum.sqrt())
+            },
+        );
+        let direct = factored.iter().filter(|norm| norm.is_none()).count();
+        let one = |(i, norm): (usize, &Option<T>)| norm.unwrap_or_else(|| factors.norm_of_row(i));
+        let norm: Vec<T> = if 2 * direct * factors.base.ncols() * (rank + 1) >= PARALLEL_FLOPS {
+            factored.as_slice().expect("a fresh array").par_iter().enumerate().map(one).collect()
+        } else {
+            factored.iter().enumerate().map(one).collect()
+        };
+        let norm = Array1::from(norm);
+
+        let eps = T::from_f64(config.norm_eps);
+        for (unit, &norm) in norm.iter().enumerate() {
+            if !norm.is_finite() {
+                let (tensor, index, found) = ("weight_norm".into(), vec![unit], norm.as_f64());
+                return Err(Error::NotFinite { tensor, index, found }); // C2
+            }
+            if norm == T::zero() && config.zero_norm == ZeroNorm::Error {
+                return Err(Error::ZeroNorm { unit }); // C5
+            }
+        }
+        let weight_norm = norm.mapv(|norm| if norm == T::zero() { norm } else { norm + eps }); // E10
+        let gain = Self::gain(magnitude, weight_norm.view());
+        Ok(Self { norm, weight_norm, gain, cross, mixed, base_delta, delta_sq })
+    }
+
+    /// `g = m / n`, 0 where there is no direction. E11
+    pub(crate) fn gain(magnitude: ArrayView1<'_, T>, weight_norm: ArrayView1<'_, T>) -> Array1<T> {
+        Zip::from(magnitude).and(weight_norm).map_collect(|&m, &n| if n == T::zero() { n } else { m / n }) // E11
+    }
+
+    /// `dm = c / n` from the gradient c of the gain; 0 where there is no direction. E28
+    pub(crate) fn dmagnitude(&self, dgain: ArrayView1<'_, T>) -> Array1<T> {
+        Self::gain(dgain, self.weight_norm.view()) // E28
+    }
+
+    /// `k_i` such that the loss's gradient through the norm is `dV_i = k_i V_i`. E31
+    pub(crate) fn norm_weight(&self, dgain: ArrayView1<'_, T>) -> Array1<T> {
+        Zip::from(dgain).and(&self.gain).and(&self.norm).and(&self.weight_norm).map_collect(|&c, &g, &norm, &n| {
+            if norm == T::zero() { T::zero() } else { -c * g / (n * norm) } // E31
+        })
+    }
+
+    /// What `dV = diag(k) V` adds to the gradients of left, right, alpha and beta.
+    pub(crate) fn adjoint(&self, k: ArrayView1<'_, T>, factors: &Factors<'_, T>) -> NormPath<T> {
+        let (beta, gamma) = (factors.beta, factors.alpha * factors.scaling);
+        let mut path = NormPath {
+            d_left: Array2::zeros(factors.left.dim()),
+            d_right: Array2::zeros(factors.right.dim()),
+            dalpha: T::zero(),
+            dbeta: T::zero(),
+        };
+        for (i, &k) in k.iter().enumerate() {
+            path.dalpha += factors.scaling * k * (beta * self.base_delta[i] + gamma * self.delta_sq[i]); // E32
+            path.dbeta += k * (beta * factors.base_sq[i] + gamma * self.base_delta[i]); // E33
+        }
+        let v_right = &self.cross * beta + &self.mixed * gamma; // V right^T
+        path.d_left.assign(&(v_right * k.insert_axis(Axis(1)) * gamma)); // E34
+        let ranks = factors.right.nrows() / factors.groups;
+        for q in 0..factors.groups {
+            let (f, range) = factors.group(q);
+            let k_left = &f.left * &k.slice_axis(Axis(0), range).insert_axis(Axis(1));
+            let d_right = path.d_right.slice_axis_mut(Axis(0), Slice::from(q * ranks..(q + 1) * ranks));
+            add_weighted(gamma, k_left.t(), &f, d_right); // E35
+        }
+        path
+    }
+
+    /// What `dV = diag(k) V` adds to the gradient of base. E36
+    pub(crate) fn adjoint_base(
+        &self,
+        k: ArrayView1<'_, T>,
+        factors: &Factors<'_, T>,
+        mut d_base: ArrayViewMut2<'_, T>,
+    ) {
+        for q in 0..factors.groups {
+            let (f, range) = factors.group(q);
+            let mut d_base = d_base.slice_axis_mut(Axis(0), range);
+            let k_beta = k.slice_axis(Axis(0), range).mapv(|k| k * f.beta).insert_axis(Axis(1));
+            let k_left = &f.left * &k_beta;
+            product_into(f.alpha * f.scaling, k_left.view(), f.right, Accumulate::Add, d_base.view_mut()); // E36
+            Zip::from(&mut d_base)
+                .and(f.base)
+                .and_broadcast(&k_beta)
+                .for_each(|d, &w, &k_beta| *d += k_beta * f.beta * w); // E36
+        }
+    }
+}
+
+/// `out += scale left (beta base + gamma f.left f.right)`, for `left` `[rank, rows]`, without forming V.
+fn add_weighted<T: Scalar>(scale: T, left: ArrayView2<'_, T>, f: &Factors<'_, T>, mut out: ArrayViewMut2<'_, T>) {
+    let gamma = f.alpha * f.scaling;
+    product_into(scale * f.beta, left, f.base, Accumulate::Add, out.view_mut());
+    let square = product(left, f.left);
+    product_into(scale * gamma, square.view(), f.right, Accumulate::Add, out);
+}

@@ -1,0 +1,116 @@
+//! Merging: the plain layer that computes what the adapted one does, and the way back. SPEC.md, section 7.
+//!
+//! The way back needs the norms that merging divided by: W' has lost them.
+//!
+//! ```
+//! # use ndarray::array;
+//! # use rand::SeedableRng;
+//! # use woracle::{operators::Linear, wora::{Base, Config, Layer, LoraInit, Method}};
+//! # let operator = Linear { in_features: 3, out_features: 2, fan_in_fan_out: false };
+//! # let base = Base { weight: array![[1.0, 2.0, 2.0], [0.0, 3.0, 4.0]].into_dyn(), bias: None };
+//! # let mut rng = rand_pcg::Pcg64::seed_from_u64(1);
+//! # let layer = Layer::init(operator, Config::new(Method::Wora, 2.0), base, 1, LoraInit::default(), &mut rng)?;
+//! let merged = layer.merge()?;
+//! assert_eq!(merged.weight_norm.as_ref().unwrap(), &array![3.0, 5.0]);
+//! let restored: ndarray::ArrayD<f64> = layer.unmerge(&merged)?;
+//! assert!((restored - &layer.base().weight).iter().all(|difference| difference.abs() < 1e-14));
+//! # Ok::<(), woracle::Error>(())
+//! ```
+
+use super::{Layer, NormAxis, ZeroNorm};
+use crate::error::check_shape;
+use crate::matmul::{Accumulate, product_into};
+use crate::operators::Operator;
+use crate::{Error, Result, Scalar};
+use ndarray::{Array1, Array2, ArrayD, Axis, Slice};
+
+/// A merged weight, and what it takes to undo the merge.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Merged<T> {
+    /// W', in the shape and layout of W0.
+    pub weight: ArrayD<T>,
+    /// `n = ||V|| + eps`, which was divided by: `[units]`, or `[fan_in]` with `norm_axis = "input"`; 0 where
+    /// `||V|| = 0`; `None` for LoRA.
+    pub weight_norm: Option<Array1<T>>,
+}
+
+impl<O: Operator, T: Scalar> Layer<O, T> {
+    /// `W' = g V`. E12
+    ///
+    /// # Errors
+    ///
+    /// A unit with `||V|| = 0` (C5), unless `zero_norm` allows it; a norm that overflows (C2).
+    pub fn merge(&self) -> Result<Merged<T>> {
+        let mut weighted = self.delta_weight(self.alpha() * self.scaling());
+        weighted.scaled_add(self.beta(), &self.weight()); // E9
+        let Some(magnitude) = self.magnitude() else {
+            return Ok(Merged { weight: self.operator().stored_weight(weighted), weight_norm: None });
+        };
+        let norm = self.norms_of(weighted.view());
+        let eps = T::from_f64(self.config().norm_eps);
+        for (unit, &norm) in norm.iter().enumerate() {
+            if !norm.is_finite() {
+                let (tensor, index) = ("weight_norm".into(), vec![unit]);
+                return Err(Error::NotFinite { tensor, index, found: norm.as_f64() }); // C2
+            }
+            if norm == T::zero() && self.config().zero_norm == ZeroNorm::Error {
+                return Err(Error::ZeroNorm { unit }); // C5
+            }
+        }
+        let weight_norm = norm.mapv(|norm| if norm == T::zero() { norm } else { norm + eps }); // E10
+        let gain = super::Direction::gain(magnitude, weight_norm.view()); // E11
+        weighted *= &self.along_norm_axis(gain); // E12
+        Ok(Merged { weight: self.operator().stored_weight(weighted), weight_norm: Some(weight_norm) })
+    }
+
+    /// `W0 = (W' / g - alpha s B A) / beta`, in the shape and layout of W0. E37
+    ///
+    /// # Errors
+    ///
+    /// beta = 0, a magnitude of 0 or a norm of 0: W' does not hold W0 then (C6). A weight of another shape
+    /// or norms that are missing (C1, C7).
+    pub fn unmerge(&self, merged: &Merged<T>) -> Result<ArrayD<T>> {
+        check_shape("merged_weight", self.base().weight.shape(), merged.weight.shape())?; // C1
+        if self.beta() == T::zero() {
+            return Err(Error::Unmerge { expected: "beta other than 0".into(), found: "0".into() }); // C6
+        }
+        let standard = merged.weight.as_standard_layout();
+        let mut weight = self.operator().weight_matrix(standard.view()).to_owned();
+        if let Some(magnitude) = self.magnitude() {
+            let Some(weight_norm) = &merged.weight_norm else {
+                let expected = "the norms that merging divided by".into();
+                return Err(Error::Missing { tensor: "weight_norm".into(), expected }); // C7
+            };
+            check_shape("weight_norm", magnitude.shape(), weight_norm.shape())?; // C1
+            for (what, values) in [("m", magnitude), ("weight_norm", weight_norm.view())] {
+                if let Some(unit) = values.iter().position(|&value| value == T::zero()) {
+                    let expected = format!("{what}[{unit}] other than 0");
+                    return Err(Error::Unmerge { expected, found: "0".into() }); // C6
+                }
+            }
+            weight *= &self.along_norm_axis(weight_norm / &magnitude); // E37
+        }
+        weight -= &self.delta_weight(self.alpha() * self.scaling()); // E37
+        weight /= self.beta(); // E37
+        Ok(self.operator().stored_weight(weight))
+    }
+
+    /// `scale B A`: `[units, fan_in]`
+    pub(crate) fn delta_weight(&self, scale: T) -> Array2<T> {
+        let (a, b, groups) = (self.a(), self.b(), self.operator().groups());
+        let (units, ranks) = (b.nrows() / groups, a.nrows() / groups);
+        let mut delta = Array2::zeros((b.nrows(), a.ncols()));
+        for q in 0..groups {
+            let (units, ranks) = (Slice::from(q * units..(q + 1) * units), Slice::from(q * ranks..(q + 1) * ranks));
+            let (a, b) = (a.slice_axis(Axis(0), ranks), b.slice_axis(Axis(0), units));
+            product_into(scale, b, a, Accumulate::Replace, delta.slice_axis_mut(Axis(0), units));
+        }
+        delta
+    }
+
+    /// One number a norm, broadcastable over `[units, fan_in]`.
+    fn along_norm_axis(&self, values: Array1<T>) -> Array2<T> {
+        let axis = if self.config().norm_axis == NormAxis::Output { 1 } else { 0 };
+        values.insert_axis(Axis(axis))
+    }
+}

@@ -1,0 +1,18 @@
+//! The weighted direction: everything that is WoRA, written once over any operator.
+//!
+//! `W' = m V / ||V||`, `V = beta W0 + alpha s B A`. SPEC.md, sections 4 to 7.
+
+mod adapter;
+mod config;
+mod definition;
+mod direction;
+mod layer;
+mod merge;
+
+pub use adapter::{Adapter, Base, LoraInit};
+pub(crate) use adapter::{SCALE_NAMES, magnitude_shape};
+pub use config::{Config, Method, NormAxis, NormGradient, ZeroNorm, scaling};
+pub use definition::{Definition, Evaluation};
+pub use direction::{CANCELLATION, Direction};
+pub use layer::{Cache, Gradients, Layer, RequiresGrad};
+pub use merge::Merged;
