@@ -75,7 +75,8 @@ impl Case {
     ///
     /// A setting that is missing, of another type or out of its range (C4).
     pub fn settings<S: serde::de::DeserializeOwned>(&self) -> Result<S> {
-        serde_json::from_value(self.settings.clone().into()).map_err(|error| Error::Setting {
+        let settings = serde_json::Value::from(self.settings.clone());
+        serde_path_to_error::deserialize(settings).map_err(|error| Error::Setting {
             name: "wora_case",
             expected: format!("the settings of a {} layer", self.layer),
             found: error.to_string(),

@@ -52,6 +52,16 @@ pub enum Error {
         /// What it is.
         found: String,
     },
+    /// An id that the embedding does not have (SPEC.md, C9).
+    #[error("x{index:?}: expected an id from 0 to {}, found {found}", num_embeddings - 1)]
+    IdOutOfRange {
+        /// Where.
+        index: Vec<usize>,
+        /// How many there are.
+        num_embeddings: usize,
+        /// What stands there.
+        found: i64,
+    },
     /// `||V|| = 0`: the unit has no direction (SPEC.md, C5).
     #[error(
         "weight_norm[{unit}]: expected ||V|| > 0, found 0: the unit has no direction (zero_norm = \"zero\" makes it a zero row)"

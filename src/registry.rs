@@ -7,17 +7,18 @@
 //! ```
 
 use crate::case::{Case, Tensor, Tensors};
-use crate::cases::{LINEAR, Spec, draw};
-use crate::operators::{Input, Linear, Operator};
+use crate::cases::{EMBEDDING, LINEAR, Spec, draw};
+use crate::operators::{Embedding, Input, Linear, Operator};
 use crate::wora::{
     Adapter, Base, Config, Definition, Evaluation, Gradients, Layer, Method, NormGradient, RequiresGrad, SCALE_NAMES,
 };
 use crate::{Error, Real, Result, Rounded, Scalar};
-use ndarray::{Array1, ArrayD, ArrayViewD, Zip};
+use ndarray::{Array1, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Zip};
 use std::marker::PhantomData;
 
 /// Every layer.
-pub static LAYERS: &[&dyn Subject] = &[&Adapted::<Linear>::new("linear", LINEAR)];
+pub static LAYERS: &[&dyn Subject] =
+    &[&Adapted::<Linear>::new("linear", LINEAR), &Adapted::<Embedding>::new("embedding", EMBEDDING)];
 
 /// The layer of this name.
 ///
@@ -73,7 +74,8 @@ pub trait Subject: Sync {
     /// As [`Subject::evaluate`].
     fn roundings(&self, case: &Case) -> Result<Tensors>;
     /// The production forward whose gradient the backward claims to be: with the norms held at those of this
-    /// case where they are detached, or where there is no direction.
+    /// case where they are detached, or where there is no direction, and with what is looked up moved by the
+    /// operator's fraction of any change of A and W0 alone.
     ///
     /// # Errors
     ///
@@ -212,19 +214,33 @@ impl<O: Operator> Subject for Adapted<O> {
         Self::define_on(case, Rounded::exact, Rounded::roundings)
     }
     fn surrogate(&self, case: &Case) -> Result<Forward> {
-        let here = Self::parts::<f64>(case)?.layer.direction()?.map(|direction| direction.weight_norm);
+        let Parts { layer: at_point, x, .. } = Self::parts::<f64>(case)?;
+        let here = at_point.direction()?.map(|direction| direction.weight_norm);
+        let fraction = at_point.operator().gradient_fraction(&x);
         let detached = Self::config(case)?.norm_gradient == NormGradient::Detached;
         Ok(Box::new(move |case| {
             let Parts { layer, x, mask, .. } = Self::parts::<f64>(case)?;
             let mask = mask.as_ref().map(|values| values.view());
-            let Some(here) = &here else { return Ok(layer.forward(x, mask)?.0) };
-            if detached {
-                return layer.forward_at_norm(x, mask, here.view());
+            let norm = match &here {
+                None => None,
+                Some(here) if detached => Some(here.clone()),
+                Some(here) => {
+                    // A unit without a direction has zero gradients by convention: it keeps its zero row.
+                    let mut norm = layer.direction()?.expect("a method with a norm").weight_norm;
+                    Zip::from(&mut norm)
+                        .and(here)
+                        .for_each(|norm, &here| *norm = if here == 0.0 { 0.0 } else { *norm });
+                    Some(norm)
+                }
+            };
+            let looked_up = match &fraction {
+                None => layer,
+                Some(fraction) => looked_up(&at_point, layer, fraction)?,
+            };
+            match norm {
+                None => looked_up.forward(x, mask).map(|(y, _)| y),
+                Some(norm) => looked_up.forward_at_norm(x, mask, norm.view()),
             }
-            // A unit without a direction has zero gradients by convention: it keeps its zero row.
-            let mut norm = layer.direction()?.expect("a method with a norm").weight_norm;
-            Zip::from(&mut norm).and(here).for_each(|norm, &here| *norm = if here == 0.0 { 0.0 } else { *norm });
-            layer.forward_at_norm(x, mask, norm.view())
         }))
     }
     fn is_input(&self, case: &Case, tensor: &str) -> Result<bool> {
@@ -239,4 +255,15 @@ impl<O: Operator> Subject for Adapted<O> {
         let through_norm = ["base.weight", O::LORA_NAMES[0], O::LORA_NAMES[1], "lora_wora_alpha", "lora_wora_beta"];
         Ok(!config.has_norm() || config.norm_gradient == NormGradient::Detached || !through_norm.contains(&tensor))
     }
+}
+
+/// The layer in which A and W0 have moved from `from` by only a fraction of the way to `to`, column by column.
+fn looked_up<O: Operator>(from: &Layer<O, f64>, to: Layer<O, f64>, fraction: &[f64]) -> Result<Layer<O, f64>> {
+    let operator = from.operator();
+    let fraction = ArrayView1::from(fraction);
+    let between = |from: ArrayView2<'_, f64>, to: ArrayView2<'_, f64>| &from + &((&to - &from) * fraction);
+    let lora_a = between(from.a(), to.a()).into_shape_with_order(to.adapter().lora_a.shape()).expect("as many as A");
+    let base = Base { weight: operator.stored_weight(between(from.weight(), to.weight())), ..to.base().clone() };
+    let adapter = Adapter { lora_a, ..to.adapter().clone() };
+    Layer::new(operator.clone(), *to.config(), base, adapter)
 }

@@ -1,7 +1,9 @@
 //! The cases of every layer that `wora check` runs: what is special about each, and seeded numbers for it.
 
+mod embedding;
 mod linear;
 
+pub use embedding::EMBEDDING;
 pub use linear::LINEAR;
 
 use crate::case::{Case, Tensor};
@@ -46,6 +48,8 @@ pub enum Twist {
     FreshB,
     /// `beta W0` is close to `-alpha s B A`, so that the factored norm cancels.
     Cancelling,
+    /// Only the first four ids occur, so that they repeat.
+    RepeatedIds,
     /// W0 and B are zero in the first unit, so that it has no direction.
     ZeroUnit,
 }
@@ -120,7 +124,7 @@ pub fn draw<O: Operator>(spec: &Spec, layer: &str, seed: u64) -> Case {
         beta: wora.then(|| scalar(beta)),
     };
     match spec.twist {
-        Twist::None => {}
+        Twist::None | Twist::RepeatedIds => {}
         Twist::FreshB => adapter.lora_b.fill(0.0),
         Twist::ZeroUnit => {
             adapter.lora_b.index_axis_mut(Axis(0), 0).fill(0.0);
@@ -141,19 +145,28 @@ pub fn draw<O: Operator>(spec: &Spec, layer: &str, seed: u64) -> Case {
         }
     }
     let mask = spec.dropout.map(|p| draw.array(spec.x, |v| if (v + 1.0) / 2.0 < p { 0.0 } else { 1.0 / (1.0 - p) }));
-    let x = draw.array(spec.x, |v| v);
-    let input = O::Input::from_values(x.clone()).expect("values");
-    let output = operator.output_shape::<f64>(&input).expect("an input in a spec");
+    let values = draw.array(spec.x, |v| v);
+    let ids = if spec.twist == Twist::RepeatedIds { operator.fan_in().min(4) } else { operator.fan_in() };
+    let ids = values.mapv(|v| ((v + 1.0) / 2.0 * ids as f64) as i64);
+    let (x, output) = match <O::Input<'_, f64>>::from_ids(ids.clone()) {
+        Some(input) => (Tensor::Int(ids), operator.output_shape::<f64>(&input)),
+        None => {
+            let input = O::Input::from_values(values.clone()).expect("values where there are no ids");
+            (Tensor::Float(values), operator.output_shape::<f64>(&input))
+        }
+    };
+    let cotangent = draw.array(&output.expect("an input in a spec"), |v| v);
 
-    let mut tensors: Vec<(&str, ArrayD<f64>)> = vec![("grad.y", draw.array(&output, |v| v)), ("x", x)];
+    let mut tensors: Vec<(&str, ArrayD<f64>)> = vec![("grad.y", cotangent)];
     tensors.extend(adapter.named(O::LORA_NAMES).into_iter().map(|(name, values)| (name, values.to_owned())));
     tensors.push(("base.weight", base.weight));
     tensors.extend(base.bias.map(|bias| ("base.bias", bias)));
     tensors.extend(mask.map(|mask| ("dropout_mask", mask)));
+    let tensors = tensors.into_iter().map(|(name, values)| (name.to_string(), Tensor::Float(values)));
     Case {
         name: spec.name.into(),
         layer: layer.into(),
         settings,
-        tensors: tensors.into_iter().map(|(name, values)| (name.into(), Tensor::Float(values))).collect(),
+        tensors: tensors.chain([("x".to_string(), x)]).collect(),
     }
 }

@@ -45,10 +45,18 @@ pub fn run() -> ExitCode {
         Ok(Outcome::Wrong) => ExitCode::from(1),
         Ok(Outcome::Unreadable) => ExitCode::from(2),
         Err(error) => {
-            eprintln!("wora: {error}");
+            complain(&error);
             ExitCode::from(2)
         }
     }
+}
+
+/// Says what is wrong on standard error, in one line even where a name from a file holds a line break.
+fn complain(error: &woracle::Error) {
+    let text = error.to_string();
+    let line: String =
+        text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect();
+    eprintln!("wora: {line}");
 }
 
 /// Writes to standard output. A reader that has seen enough, as `head` does, is no error.

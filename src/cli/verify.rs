@@ -1,12 +1,12 @@
 //! `wora verify PATH...`: somebody's results, in case files, against the oracle's.
 
-use super::{Outcome, print, table};
+use super::{Outcome, complain, print, table};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
-use woracle::Result;
 use woracle::oracle::case_file;
 use woracle::oracle::verify::{TensorVerdict, Verdict, verify};
+use woracle::{Error, Result};
 
 /// Judge results that another implementation wrote into case files.
 #[derive(clap::Args)]
@@ -37,14 +37,22 @@ struct CaseVerdict {
 pub fn run(args: Args) -> Result<Outcome> {
     let mut files = Vec::new();
     for path in &args.paths {
-        files.extend(case_file::find(path)?);
+        match case_file::find(path) {
+            Ok(found) => files.extend(found.into_iter().map(Ok)),
+            Err(error) => files.push(Err((path.clone(), error))),
+        }
     }
     let bar = ProgressBar::new(files.len() as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta}").expect("a template"));
     let mut cases = Vec::new();
     for file in &files {
-        bar.set_message(file.display().to_string());
-        cases.push(judge(file, &bar));
+        cases.push(match file {
+            Ok(file) => {
+                bar.set_message(file.display().to_string());
+                judge(file, &bar)
+            }
+            Err((path, error)) => refuse(path, error, &bar),
+        });
         bar.inc(1);
     }
     bar.finish_and_clear();
@@ -61,28 +69,26 @@ pub fn run(args: Args) -> Result<Outcome> {
     })
 }
 
-/// Judges one file. What is wrong with the file itself is said on standard error at once.
 fn judge(file: &Path, bar: &ProgressBar) -> CaseVerdict {
-    let stem = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    let path = file.display().to_string();
     let case = match case_file::read(file) {
         Ok(case) => case,
-        Err(error) => {
-            bar.suspend(|| eprintln!("wora: {error}"));
-            return CaseVerdict { name: stem, file: path, verdict: Verdict::Error, tensors: vec![] };
-        }
+        Err(error) => return refuse(file, &error, bar),
     };
     match verify(&case) {
         Ok(tensors) => {
             let failed = tensors.iter().any(|tensor| tensor.verdict != Verdict::Pass);
             let verdict = if failed { Verdict::Fail } else { Verdict::Pass };
-            CaseVerdict { name: case.name, file: path, verdict, tensors }
+            CaseVerdict { name: case.name, file: file.display().to_string(), verdict, tensors }
         }
-        Err(error) => {
-            bar.suspend(|| eprintln!("wora: {}", error.in_file(file)));
-            CaseVerdict { name: case.name, file: path, verdict: Verdict::Error, tensors: vec![] }
-        }
+        Err(error) => CaseVerdict { name: case.name, ..refuse(file, &error.in_file(file), bar) },
     }
+}
+
+/// What could not be judged: said on standard error at once, and counted.
+fn refuse(path: &Path, error: &Error, bar: &ProgressBar) -> CaseVerdict {
+    bar.suspend(|| complain(error));
+    let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    CaseVerdict { name, file: path.display().to_string(), verdict: Verdict::Error, tensors: vec![] }
 }
 
 fn word(verdict: Verdict) -> &'static str {

@@ -139,7 +139,8 @@ impl Operator for Linear {
         for n in 0..x.len() / columns {
             for unit in 0..units {
                 for column in 0..columns {
-                    visit(Term { output: n * units + unit, unit, column, input: n * columns + column }); // E2
+                    let (output, input) = (n * units + unit, Some(n * columns + column));
+                    visit(Term { output, unit, column, input, factor: 1.0 }); // E2
                 }
             }
         }

@@ -5,11 +5,13 @@
 //! convolution's images are `outer` and its pixels `inner`. SPEC.md, section 3.
 
 mod channels;
+mod embedding;
 mod linear;
 
 pub(crate) use channels::{
     channel_products, channel_sums, mix_adjoint_input, mix_adjoint_weight, mix_into, scale_channels,
 };
+pub use embedding::{Embedding, EmbeddingSettings, Ids};
 pub use linear::{Linear, LinearSettings};
 
 use crate::{Result, Scalar};
@@ -39,6 +41,8 @@ pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
 
     /// What the low-rank pair is called in PEFT's files.
     const LORA_NAMES: [&'static str; 2];
+    /// Whether a fresh pair has A zero and B random, instead of A random and B zero.
+    const LORA_A_STARTS_AT_ZERO: bool = false;
     /// Why the columns of the weight are not features of the input, where they are not: a setting that
     /// acts on input columns is refused with this reason.
     const COLUMNS_ARE_NOT_FEATURES: Option<&'static str>;
@@ -88,14 +92,20 @@ pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
     /// The adjoint of `W -> op(x, W)` at dy `[outer, units, inner]`: `[units, fan_in]`.
     fn adjoint_weight<T: Scalar>(&self, x: &Self::Input<'_, T>, dy: ArrayView3<'_, T>) -> Array2<T>;
 
-    /// The definition: every term `y[output] += W[unit, column] * x[input]`, in a fixed order.
+    /// How much of its gradient reaches each column of a weight that the operator is applied to: `[fan_in]`;
+    /// `None` where all of it does. [`Operator::adjoint_weight`] has it in already.
+    fn gradient_fraction<T: Scalar>(&self, _x: &Self::Input<'_, T>) -> Option<Vec<f64>> {
+        None
+    }
+
+    /// The definition: every term `y[output] += factor * W[unit, column] * x[input]`, in a fixed order.
     ///
     /// `output` and `input` count the elements of y `[outer, units, inner]` and x in row-major order.
     fn terms<T: Scalar>(&self, x: &Self::Input<'_, T>, visit: impl FnMut(Term));
 }
 
-/// One term of the definition of an operator: `y[output] += W[unit, column] * x[input]`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// One term of the definition of an operator: `y[output] += factor * W[unit, column] * x[input]`.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Term {
     /// Row-major index into y `[outer, units, inner]`.
     pub output: usize,
@@ -103,6 +113,8 @@ pub struct Term {
     pub unit: usize,
     /// Column of the weight matrix.
     pub column: usize,
-    /// Row-major index into x.
-    pub input: usize,
+    /// Row-major index into x; `None` where the term has no input value but 1.
+    pub input: Option<usize>,
+    /// A fixed number.
+    pub factor: f64,
 }

@@ -34,7 +34,17 @@ pub struct Adapter<E> {
     pub beta: Option<ArrayD<E>>,
 }
 
-/// How A starts; B starts at zero.
+/// How the random one of the pair is drawn.
+#[derive(Clone, Copy)]
+enum Start {
+    /// Within the bound of E38.
+    Uniform,
+    /// Around 0 with this standard deviation.
+    Normal(f64),
+}
+
+/// How A starts; B starts at zero. An embedding starts as PEFT has it whichever is chosen: A zero, B standard
+/// normal.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LoraInit {
     /// Uniform within `1 / sqrt(fan_in)`: Kaiming-uniform with a = sqrt(5). PEFT's default.
@@ -124,14 +134,23 @@ impl<T: Scalar> Adapter<T> {
         let [shape_a, shape_b] = operator.lora_shapes(rank);
         let bound = 1.0 / (operator.fan_in() as f64).sqrt();
         let one = || ArrayD::from_elem(IxDyn(&[]), T::one());
+        let mut random = |init| match init {
+            Start::Uniform => rng.random_range(-bound..bound),
+            Start::Normal(deviation) => rng.sample::<f64, _>(StandardNormal) * deviation,
+        };
+        let (start, shape) = match (O::LORA_A_STARTS_AT_ZERO, init) {
+            (true, _) => (Start::Normal(1.0), &shape_b),
+            (false, LoraInit::KaimingUniform) => (Start::Uniform, &shape_a),
+            (false, LoraInit::Gaussian) => (Start::Normal(1.0 / rank as f64), &shape_a),
+        };
+        let drawn = ArrayD::from_shape_simple_fn(shape.as_slice(), || T::from_f64(random(start)));
+        let (lora_a, lora_b) = match O::LORA_A_STARTS_AT_ZERO {
+            true => (ArrayD::zeros(shape_a), drawn),
+            false => (drawn, ArrayD::zeros(shape_b)),
+        };
         Ok(Self {
-            lora_a: ArrayD::from_shape_simple_fn(shape_a, || {
-                T::from_f64(match init {
-                    LoraInit::KaimingUniform => rng.random_range(-bound..bound),
-                    LoraInit::Gaussian => rng.sample::<f64, _>(StandardNormal) / rank as f64,
-                })
-            }),
-            lora_b: ArrayD::zeros(shape_b),
+            lora_a,
+            lora_b,
             magnitude: config.has_norm().then(|| ArrayD::zeros(magnitude_shape(operator, config))),
             alpha: (config.method == Method::Wora).then(one),
             beta: (config.method == Method::Wora).then(one),

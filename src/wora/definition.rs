@@ -25,7 +25,7 @@
 use super::adapter::as_matrix;
 use super::{Adapter, Base, Config, Gradients, Method, NormAxis, NormGradient};
 use crate::Real;
-use crate::operators::Operator;
+use crate::operators::{Operator, Term};
 use ndarray::{Array1, Array2, ArrayD, ArrayViewD, IxDyn};
 
 /// One layer at one input, as numbers `R`. All tensors in the shapes of a case file.
@@ -166,9 +166,12 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
             let at = [t.unit, t.column];
             let weight = match &mask {
                 None => weights.merged[at],
-                Some(mask) => weights.base[at] + (weights.merged[at] - weights.base[at]) * mask[t.input], // E13
+                Some(mask) => {
+                    let kept = mask[t.input.expect("a mask is one of values")];
+                    weights.base[at] + (weights.merged[at] - weights.base[at]) * kept // E13
+                }
             };
-            y[t.output] = y[t.output] + weight * x.as_ref().expect("values")[t.input]; // E13
+            y[t.output] = y[t.output] + weight * input_of(&x, t); // E13
         });
         if let Some(bias) = &self.base.bias {
             let outputs_of_unit: usize = shape[self.operator.unit_axis(shape.len()) + 1..].iter().product();
@@ -190,25 +193,30 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
         let mut dx = vec![zero; x.as_ref().map_or(0, Vec::len)];
         self.operator.terms::<f64>(self.input, |t| {
             let at = [t.unit, t.column];
-            let (dy, x) = (dy_flat[t.output], x.as_ref().expect("values")[t.input]);
-            match &mask {
-                None => {
-                    dmerged[at] = dmerged[at] + dy * x;
-                    dx[t.input] = dx[t.input] + dy * weights.merged[at];
-                }
-                Some(mask) => {
-                    let kept = mask[t.input];
-                    dmerged[at] = dmerged[at] + dy * x * kept;
-                    dbase[at] = dbase[at] + (dy * x - dy * x * kept);
-                    let weight = weights.base[at] + (weights.merged[at] - weights.base[at]) * kept;
-                    dx[t.input] = dx[t.input] + dy * weight;
-                }
+            let (dy, factor) = (dy_flat[t.output], input_of(&x, t));
+            let kept = mask.as_ref().map(|mask| mask[t.input.expect("a mask is one of values")]);
+            let weight = match kept {
+                None => weights.merged[at],
+                Some(kept) => weights.base[at] + (weights.merged[at] - weights.base[at]) * kept,
+            };
+            dmerged[at] = dmerged[at] + kept.map_or(dy * factor, |kept| dy * factor * kept);
+            if let Some(kept) = kept {
+                dbase[at] = dbase[at] + (dy * factor - dy * factor * kept);
+            }
+            if let Some(input) = t.input {
+                dx[input] = dx[input] + dy * R::constant(t.factor) * weight;
             }
         });
 
         // W' = g V, so dV = g dW', and through the norm, where it is not held constant, dV = k V beside.
+        // A and W0 learn from the lookup through the operator's fraction alone; the norm has no such thing.
+        let fraction = self.operator.gradient_fraction::<f64>(self.input);
         let mut dweighted = dmerged.clone();
+        let mut dlooked_up = dmerged.clone();
         let mut dmagnitude = None;
+        if weights.norms.is_none() {
+            dlooked_up.indexed_iter_mut().for_each(|((_, j), d)| *d = part(&fraction, j, *d));
+        }
         if let Some(Norms { m, norm, n }) = &weights.norms {
             let mut dgain = vec![zero; n.len()];
             for ((u, j), &d) in dmerged.indexed_iter() {
@@ -216,12 +224,15 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
                 dgain[i] = dgain[i] + d * weights.weighted[[u, j]]; // E27
             }
             let full = self.config.norm_gradient == NormGradient::Full && self.frozen_norm.is_none();
-            for ((u, j), d) in dweighted.indexed_iter_mut() {
-                let i = self.norm_index(u, j);
+            for ((u, j), &d) in dmerged.indexed_iter() {
+                let (at, i) = ([u, j], self.norm_index(u, j));
                 let g = gain(m[i], n[i]);
-                *d = g * *d;
+                dweighted[at] = g * d;
+                dlooked_up[at] = g * part(&fraction, j, d);
                 if full && n[i].value() != 0.0 {
-                    *d = *d - dgain[i] * g / (n[i] * norm[i]) * weights.weighted[[u, j]]; // E31
+                    let through_norm = dgain[i] * g / (n[i] * norm[i]) * weights.weighted[at]; // E31
+                    dweighted[at] = dweighted[at] - through_norm;
+                    dlooked_up[at] = dlooked_up[at] - through_norm;
                 }
             }
             dmagnitude = Some(dgain.iter().zip(n).map(|(&c, &n)| gain(c, n)).collect()); // E28
@@ -235,11 +246,12 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
         for ((u, j), &dv) in dweighted.indexed_iter() {
             dalpha = dalpha + s * dv * weights.delta[[u, j]];
             dbeta = dbeta + dv * weights.base[[u, j]];
-            dbase[[u, j]] = dbase[[u, j]] + beta * dv;
+            let dv_looked_up = dlooked_up[[u, j]];
+            dbase[[u, j]] = dbase[[u, j]] + beta * dv_looked_up;
             let first = self.first_rank(u, b.ncols());
             for k in 0..b.ncols() {
                 db[[u, k]] = db[[u, k]] + alpha * s * dv * a[[first + k, j]];
-                da[[first + k, j]] = da[[first + k, j]] + alpha * s * dv * b[[u, k]];
+                da[[first + k, j]] = da[[first + k, j]] + alpha * s * dv_looked_up * b[[u, k]];
             }
         }
         let dbias = self.base.bias.as_ref().map(|bias| {
@@ -273,6 +285,17 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
 /// `m / n`, 0 where there is no direction. E11
 fn gain<R: Real>(m: R, n: R) -> R {
     if n.value() == 0.0 { n } else { m / n }
+}
+
+/// What a term multiplies its weight by.
+fn input_of<R: Real>(x: &Option<Vec<R>>, term: Term) -> R {
+    let factor = R::constant(term.factor);
+    term.input.map_or(factor, |input| factor * x.as_ref().expect("values")[input])
+}
+
+/// The part of a gradient that reaches column j.
+fn part<R: Real>(fraction: &Option<Vec<f64>>, j: usize, gradient: R) -> R {
+    fraction.as_ref().map_or(gradient, |fraction| R::constant(fraction[j]) * gradient)
 }
 
 /// The elements in row-major order.
