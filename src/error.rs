@@ -70,6 +70,18 @@ pub enum Error {
         /// The output unit, or the input column with `norm_axis = "input"`.
         unit: usize,
     },
+    /// A square of a norm is no normal number, and the full gradient needs it (SPEC.md, C11).
+    #[error(
+        "weight_norm[{unit}]: expected a norm whose square is a normal {number}, as norm_gradient is \"full\", found {found:e}"
+    )]
+    Range {
+        /// The output unit, or the input column with `norm_axis = "input"`.
+        unit: usize,
+        /// Its norm.
+        found: f64,
+        /// `f32` or `f64`.
+        number: &'static str,
+    },
     /// `W0` cannot be recovered from `W'` (SPEC.md, C6).
     #[error("unmerge: expected {expected}, found {found}: W0 cannot be recovered from the merged weight")]
     Unmerge {

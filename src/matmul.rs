@@ -47,7 +47,33 @@ pub fn product_into<T: Scalar>(
     a: ArrayView2<'_, T>,
     b: ArrayView2<'_, T>,
     accumulate: Accumulate,
+    c: ArrayViewMut2<'_, T>,
+) {
+    dispatch(scale, a, b, accumulate, c, true);
+}
+
+/// The same on the calling thread alone: for callers that are parallel themselves.
+///
+/// # Panics
+///
+/// If the dimensions do not fit.
+pub fn product_into_on_this_thread<T: Scalar>(
+    scale: T,
+    a: ArrayView2<'_, T>,
+    b: ArrayView2<'_, T>,
+    accumulate: Accumulate,
+    c: ArrayViewMut2<'_, T>,
+) {
+    dispatch(scale, a, b, accumulate, c, false);
+}
+
+fn dispatch<T: Scalar>(
+    scale: T,
+    a: ArrayView2<'_, T>,
+    b: ArrayView2<'_, T>,
+    accumulate: Accumulate,
     mut c: ArrayViewMut2<'_, T>,
+    parallel: bool,
 ) {
     assert_eq!(a.ncols(), b.nrows(), "inner dimensions of a matrix product");
     assert_eq!(c.dim(), (a.nrows(), b.ncols()), "destination of a matrix product");
@@ -60,7 +86,7 @@ pub fn product_into<T: Scalar>(
         }
         return;
     }
-    backend::product_into(scale, a, b, accumulate, c);
+    backend::product_into(scale, a, b, accumulate, c, parallel);
 }
 
 #[cfg(not(feature = "openblas"))]
@@ -77,11 +103,12 @@ mod backend {
         b: ArrayView2<'_, T>,
         accumulate: Accumulate,
         c: ArrayViewMut2<'_, T>,
+        parallel: bool,
     ) {
         let (rows, columns) = c.dim();
         // A product with one row or one column is split along the sum by faer, into as many parts as
         // there are threads: kept sequential, so that results do not depend on their number.
-        let parallel = rows > 1 && columns > 1 && 2 * rows * columns * a.ncols() >= PARALLEL_FLOPS;
+        let parallel = parallel && rows > 1 && columns > 1 && 2 * rows * columns * a.ncols() >= PARALLEL_FLOPS;
         let par = if parallel { Par::rayon(0) } else { Par::Seq };
         let accum = match accumulate {
             Accumulate::Replace => Accum::Replace,
@@ -106,6 +133,7 @@ mod backend {
         b: ArrayView2<'_, T>,
         accumulate: Accumulate,
         mut c: ArrayViewMut2<'_, T>,
+        _parallel: bool, // OpenBLAS decides for itself
     ) {
         let beta = if accumulate == Accumulate::Add { T::one() } else { T::zero() };
         let (a, b) = (for_blas(a), for_blas(b));

@@ -7,18 +7,23 @@
 //! ```
 
 use crate::case::{Case, Tensor, Tensors};
-use crate::cases::{EMBEDDING, LINEAR, Spec, draw};
-use crate::operators::{Embedding, Input, Linear, Operator};
+use crate::cases::{CONV1D, CONV2D, CONV3D, EMBEDDING, LINEAR, Spec, draw};
+use crate::operators::{Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operator};
 use crate::wora::{
     Adapter, Base, Config, Definition, Evaluation, Gradients, Layer, Method, NormGradient, RequiresGrad, SCALE_NAMES,
 };
 use crate::{Error, Real, Result, Rounded, Scalar};
-use ndarray::{Array1, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Zip};
+use ndarray::{Array1, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Axis, Zip};
 use std::marker::PhantomData;
 
 /// Every layer.
-pub static LAYERS: &[&dyn Subject] =
-    &[&Adapted::<Linear>::new("linear", LINEAR), &Adapted::<Embedding>::new("embedding", EMBEDDING)];
+pub static LAYERS: &[&dyn Subject] = &[
+    &Adapted::<Linear>::new("linear", LINEAR),
+    &Adapted::<Embedding>::new("embedding", EMBEDDING),
+    &Adapted::<Conv1d>::new("conv1d", CONV1D),
+    &Adapted::<Conv2d>::new("conv2d", CONV2D),
+    &Adapted::<Conv3d>::new("conv3d", CONV3D),
+];
 
 /// The layer of this name.
 ///
@@ -35,6 +40,17 @@ pub fn layer(name: &str) -> Result<&'static dyn Subject> {
 
 /// A forward as a function of the tensors of a case.
 pub type Forward = Box<dyn Fn(&Case) -> Result<ArrayD<f64>> + Send + Sync>;
+
+/// There and back: merging and unmerging, in f64.
+#[derive(Debug)]
+pub struct RoundTrip {
+    /// y of the adapted layer, without a mask.
+    pub adapted: ArrayD<f64>,
+    /// y of the plain layer with the merged weight.
+    pub merged: ArrayD<f64>,
+    /// W0 restored from the merged weight, or why it cannot be (C6).
+    pub restored: Result<ArrayD<f64>>,
+}
 
 /// The types of numbers that the production path runs in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +97,12 @@ pub trait Subject: Sync {
     ///
     /// As [`Subject::evaluate`].
     fn surrogate(&self, case: &Case) -> Result<Forward>;
+    /// The layer in evaluation mode, adapted and merged, and what unmerging makes of the merged weight.
+    ///
+    /// # Errors
+    ///
+    /// As [`Subject::evaluate`].
+    fn merge(&self, case: &Case) -> Result<RoundTrip>;
     /// Whether a case of this layer has an input of this name.
     ///
     /// # Errors
@@ -242,6 +264,19 @@ impl<O: Operator> Subject for Adapted<O> {
                 Some(norm) => looked_up.forward_at_norm(x, mask, norm.view()),
             }
         }))
+    }
+    fn merge(&self, case: &Case) -> Result<RoundTrip> {
+        let Parts { layer, x, .. } = Self::parts::<f64>(case)?;
+        let (operator, merged) = (layer.operator(), layer.merge()?);
+        let (adapted, _) = layer.forward(x.clone(), None)?;
+        let mut y = operator.apply(&x, &[operator.weight_matrix(merged.weight.view())]).swap_remove(0);
+        if let Some(bias) = &layer.base().bias {
+            for (mut channel, &bias) in y.axis_iter_mut(Axis(1)).zip(bias) {
+                channel += bias;
+            }
+        }
+        let y = y.into_shape_with_order(adapted.shape()).expect("as many outputs as the adapted layer's");
+        Ok(RoundTrip { adapted, merged: y, restored: layer.unmerge(&merged) })
     }
     fn is_input(&self, case: &Case, tensor: &str) -> Result<bool> {
         let config = Self::config(case)?;

@@ -6,10 +6,14 @@ use woracle::Result;
 use woracle::case::{Case, Tensors};
 use woracle::cases::Spec;
 use woracle::gradcheck::{CaseReport, Estimate, Options, Verdict, check, ladder};
-use woracle::registry::{Forward, LAYERS, Precision, Subject, layer};
+use woracle::registry::{Forward, LAYERS, Precision, RoundTrip, Subject, layer};
 
-/// The linear layer with something done to its f64 results.
-struct Tampered<F>(F);
+/// The linear layer with something done to the results of its production path and, where the definition is to
+/// be as wrong, to the definition's.
+struct Tampered<F> {
+    change: F,
+    definition_too: bool,
+}
 
 impl<F: Fn(&mut Tensors) + Sync> Subject for Tampered<F> {
     fn name(&self) -> &'static str {
@@ -23,12 +27,14 @@ impl<F: Fn(&mut Tensors) + Sync> Subject for Tampered<F> {
     }
     fn evaluate(&self, case: &Case, precision: Precision) -> Result<Tensors> {
         let mut results = linear().evaluate(case, precision)?;
-        (self.0)(&mut results);
+        (self.change)(&mut results);
         Ok(results)
     }
     fn define(&self, case: &Case) -> Result<Tensors> {
         let mut results = linear().evaluate(case, Precision::F64)?;
-        (self.0)(&mut results);
+        if self.definition_too {
+            (self.change)(&mut results);
+        }
         Ok(results)
     }
     fn roundings(&self, case: &Case) -> Result<Tensors> {
@@ -36,6 +42,9 @@ impl<F: Fn(&mut Tensors) + Sync> Subject for Tampered<F> {
     }
     fn surrogate(&self, case: &Case) -> Result<Forward> {
         linear().surrogate(case)
+    }
+    fn merge(&self, case: &Case) -> Result<RoundTrip> {
+        linear().merge(case)
     }
     fn is_input(&self, case: &Case, tensor: &str) -> Result<bool> {
         linear().is_input(case, tensor)
@@ -55,8 +64,8 @@ fn spec(name: &str) -> &'static Spec {
 
 /// Checks a case whose production path *and* definition are wrong in the same way: differences stand alone.
 fn tampered(case: &str, change: impl Fn(&mut Tensors) + Sync) -> CaseReport {
-    let subject = Tampered(change);
-    check(&subject, &subject.draw(spec(case), 3), Options::default()).expect("a report")
+    let subject = Tampered { change, definition_too: true };
+    check(&subject, &subject.draw(spec(case), 3), Options::default())
 }
 
 fn disagreeing(report: &CaseReport) -> Vec<&str> {
@@ -101,11 +110,47 @@ fn the_detached_gradient_is_not_taken_for_the_full_one_nor_the_other_way_round()
 }
 
 #[test]
+fn differences_of_every_small_linear_case_are_closer_than_one_in_a_thousand_million() {
+    let small = linear().specs().iter().filter(|spec| !spec.name.contains("large"));
+    let mut cases = 0;
+    for spec in small {
+        let report = check(linear(), &linear().draw(spec, 0), Options::default());
+        assert!(report.agrees(), "{}", spec.name);
+        for tensor in &report.tensors {
+            for witness in tensor.witnesses.iter().filter(|witness| witness.witness == "differences") {
+                let worst = &witness.worst;
+                assert!(worst.error < 1e-9 * worst.theirs.abs().max(1.0), "{} {}: {worst:?}", spec.name, tensor.name);
+            }
+        }
+        cases += 1;
+    }
+    assert!(cases >= 12, "{cases}");
+}
+
+#[test]
 fn a_nan_never_agrees() {
     let report = tampered("linear-plain", |results| {
         results.get_mut("grad.x").expect("dx").fill(f64::NAN);
     });
     assert_eq!(disagreeing(&report), ["grad.x"]);
+}
+
+#[test]
+fn a_gradient_that_is_not_returned_disagrees() {
+    let change = |results: &mut Tensors| drop(results.remove("grad.lora_magnitude_vector"));
+    let subject = Tampered { change, definition_too: false };
+    let report = check(&subject, &subject.draw(spec("linear-plain"), 3), Options::default());
+    assert_eq!(disagreeing(&report), ["grad.lora_magnitude_vector"]);
+}
+
+#[test]
+fn a_layer_that_panics_or_refuses_its_own_case_does_not_agree() {
+    let report = tampered("linear-plain", |_| panic!("a transposed operand"));
+    assert_eq!((report.agrees(), report.failure.as_deref()), (false, Some("panicked: a transposed operand")));
+    let mut case = linear().draw(spec("linear-plain"), 3);
+    case.tensors.remove("lora_B");
+    let report = check(linear(), &case, Options::default());
+    assert_eq!((report.agrees(), report.failure.as_deref()), (false, Some("lora_B: expected a tensor, found none")));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use rand_pcg::Pcg64;
 use woracle::case::{Case, Tensors};
 use woracle::cases::{LINEAR, Spec};
 use woracle::operators::Linear;
-use woracle::registry::{Precision, layer};
+use woracle::registry::{LAYERS, Precision, RoundTrip, Subject, layer};
 use woracle::wora::{Adapter, Base, Config, Layer, LoraInit, Method, RequiresGrad, ZeroNorm, scaling};
 use woracle::{Error, NormAxis, NormGradient, Scalar};
 
@@ -266,6 +266,93 @@ fn norms_of_tiny_and_huge_weights_neither_vanish_nor_overflow() {
 }
 
 #[test]
+fn scaling_every_weight_by_a_power_of_two_changes_no_other_gradient_or_is_refused() {
+    fn gradients<T: Scalar>(power: i32) -> Result<Adapter<f64>, Error> {
+        let layer = trained(Config { norm_gradient: NormGradient::Full, ..Config::new(Method::Wora, 2.0) }, 4);
+        let size = 2f64.powi(power);
+        let cast = |values: &ArrayD<f64>, size: f64| values.mapv(|value| T::from_f64(value * size));
+        let base = Base { weight: cast(&layer.base().weight, size), bias: None };
+        let from = layer.adapter();
+        let adapter = Adapter {
+            lora_a: cast(&from.lora_a, 1.0),
+            lora_b: cast(&from.lora_b, size),
+            magnitude: from.magnitude.as_ref().map(|m| cast(m, 1.0)),
+            alpha: from.alpha.as_ref().map(|alpha| cast(alpha, 1.0)),
+            beta: from.beta.as_ref().map(|beta| cast(beta, 1.0)),
+        };
+        let layer = Layer::new(OPERATOR, *layer.config(), base, adapter)?;
+        let x = random(&[4, 7], &mut Pcg64::seed_from_u64(2)).mapv(T::from_f64);
+        let (y, cache) = layer.forward(x.into(), None)?;
+        let found = layer.backward(cache, y.view(), RequiresGrad::default())?.adapter;
+        let wide = |values: ArrayD<T>| values.mapv(T::as_f64);
+        Ok(Adapter {
+            lora_a: wide(found.lora_a),
+            lora_b: wide(found.lora_b) * size,
+            magnitude: found.magnitude.map(wide),
+            alpha: found.alpha.map(wide),
+            beta: found.beta.map(wide),
+        })
+    }
+    fn near<T: Scalar>(powers: impl Iterator<Item = i32>) -> (usize, usize) {
+        let expected = gradients::<T>(0).expect("gradients");
+        let (mut right, mut refused) = (0, 0);
+        for power in powers {
+            match gradients::<T>(power) {
+                Err(Error::Range { .. } | Error::NotFinite { .. }) => refused += 1,
+                Err(other) => panic!("2^{power}: {other}"),
+                Ok(found) => {
+                    for ((name, a), (_, b)) in found.named(["A", "B"]).into_iter().zip(expected.named(["A", "B"])) {
+                        let error = a.iter().zip(&b).fold(0.0, |error: f64, (a, b)| error.max((a - b).abs()));
+                        let equal = a.iter().all(|value| value.is_finite()) && error <= 1e3 * T::UNIT_ROUNDOFF;
+                        assert!(equal, "2^{power} {name}: {a} is not {b}");
+                    }
+                    right += 1;
+                }
+            }
+        }
+        (right, refused)
+    }
+    let (right, refused) = near::<f32>((-75..=75).step_by(1));
+    assert!(right > 100 && refused > 10, "{right} right, {refused} refused");
+    let (right, refused) = near::<f64>((-560..=560).step_by(7));
+    assert!(right > 100 && refused > 10, "{right} right, {refused} refused");
+}
+
+#[test]
+fn a_tensor_that_is_not_finite_is_named_at_construction() {
+    let good = trained(Config::new(Method::Wora, 2.0), 1);
+    let mut adapter = good.adapter().clone();
+    adapter.lora_b[[1, 2]] = f64::NAN;
+    let message = Layer::new(OPERATOR, *good.config(), good.base().clone(), adapter).expect_err("NaN").to_string();
+    assert_eq!(message, "lora_B[1, 2]: expected a finite number, found NaN");
+}
+
+#[test]
+fn tensors_of_any_strides_make_the_same_layer() {
+    let good = trained(Config::new(Method::Wora, 2.0), 1);
+    let reversed = |values: &ArrayD<f64>| {
+        let mut twice = values.clone();
+        twice.invert_axis(Axis(0));
+        let mut twice = twice.as_standard_layout().into_owned();
+        twice.invert_axis(Axis(0));
+        twice
+    };
+    let from = good.adapter();
+    let adapter = Adapter {
+        lora_a: reversed(&from.lora_a),
+        lora_b: reversed(&from.lora_b),
+        magnitude: from.magnitude.as_ref().map(reversed),
+        ..from.clone()
+    };
+    let base = Base { weight: reversed(&good.base().weight), bias: good.base().bias.as_ref().map(reversed) };
+    let strided = Layer::new(OPERATOR, *good.config(), base, adapter).expect("a layer");
+    let x = random(&[4, 7], &mut Pcg64::seed_from_u64(2));
+    let run = |layer: &Layer<Linear, f64>| layer.forward(x.view().into(), None).expect("y").0;
+    assert_eq!(run(&strided), run(&good));
+    assert_eq!(strided.merge().expect("W'"), good.merge().expect("W'"));
+}
+
+#[test]
 fn what_the_base_weight_is_kept_with_is_taken_from_the_weight_given() {
     let first = trained(Config::new(Method::Wora, 2.0), 1);
     let base = Base { weight: &first.base().weight * 3.0, ..first.base().clone() };
@@ -329,6 +416,34 @@ fn draw(spec: &Spec, seed: u64) -> Case {
     layer("linear").expect("linear").draw(spec, seed)
 }
 
+/// Every case of every layer.
+fn every_case(seed: u64) -> impl Iterator<Item = (&'static dyn Subject, &'static Spec, Case)> {
+    let specs = LAYERS.iter().flat_map(|&layer| layer.specs().iter().map(move |spec| (layer, spec)));
+    specs.map(move |(layer, spec)| (layer, spec, layer.draw(spec, seed)))
+}
+
+#[test]
+fn every_case_merges_to_what_it_computes_and_unmerges_to_what_it_was() {
+    for (layer, spec, case) in every_case(21) {
+        let RoundTrip { adapted, merged, restored } = layer.merge(&case).expect("a merged layer");
+        let close = |left: &ArrayD<f64>, right: &ArrayD<f64>, what: &str| {
+            assert_eq!(left.shape(), right.shape());
+            let scale = right.iter().fold(1.0, |scale: f64, value| scale.max(value.abs()));
+            let error = left.iter().zip(right).fold(0.0, |error: f64, (a, b)| error.max((a - b).abs()));
+            assert!(error <= 1e-12 * scale, "{}: {what} is off by {error}", spec.name);
+        };
+        close(&merged, &adapted, "the merged layer");
+        match restored {
+            Ok(weight) => close(&weight, case.values("base.weight").expect("W0"), "the restored weight"),
+            Err(Error::Unmerge { expected, .. }) => {
+                let lost = spec.alpha_beta.1 == 0.0 || matches!(spec.config.zero_norm, ZeroNorm::Zero);
+                assert!(lost, "{}: {expected}", spec.name);
+            }
+            Err(other) => panic!("{}: {other}", spec.name),
+        }
+    }
+}
+
 fn dot(case: &Case, results: &Tensors, tensor: &str) -> f64 {
     let values = case.values(tensor).expect("a tensor");
     values.iter().zip(&results[&format!("grad.{tensor}")]).map(|(value, gradient)| value * gradient).sum()
@@ -336,11 +451,19 @@ fn dot(case: &Case, results: &Tensors, tensor: &str) -> f64 {
 
 #[test]
 fn the_gradients_obey_the_identities_that_need_no_step() {
-    for spec in LINEAR.iter().filter(|spec| spec.config.method == Method::Wora && spec.config.norm_eps == 0.0) {
-        let case = draw(spec, 11);
-        let results = layer("linear").expect("linear").evaluate(&case, Precision::F64).expect("results");
+    for (layer, spec, case) in every_case(11) {
+        // What padding_idx and scale_grad_by_freq return is no gradient of the loss.
+        let of_the_loss = !spec.operator.contains("padding_idx") && !spec.operator.contains("scale_grad");
+        if spec.config.method != Method::Wora || spec.config.norm_eps != 0.0 || !of_the_loss {
+            continue;
+        }
+        let results = layer.evaluate(&case, Precision::F64).expect("results");
+        let [name_a, name_b] = match layer.name() {
+            "embedding" => ["lora_embedding_A", "lora_embedding_B"],
+            _ => ["lora_A", "lora_B"],
+        };
         let (alpha, beta) = (dot(&case, &results, "lora_wora_alpha"), dot(&case, &results, "lora_wora_beta"));
-        let (a, b) = (dot(&case, &results, "lora_A"), dot(&case, &results, "lora_B"));
+        let (a, b) = (dot(&case, &results, name_a), dot(&case, &results, name_b));
         let m = dot(&case, &results, "lora_magnitude_vector");
         let near = |left: f64, right: f64, what: &str| {
             let scale = 1.0 + alpha.abs() + beta.abs() + m.abs();
@@ -357,11 +480,10 @@ fn the_gradients_obey_the_identities_that_need_no_step() {
 #[cfg(not(feature = "openblas"))]
 fn the_number_of_threads_changes_no_bit() {
     let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
-    for spec in LINEAR.iter().filter(|spec| spec.name.contains("large")) {
-        let case = draw(spec, 12);
+    for (layer, spec, case) in every_case(12).filter(|(_, spec, _)| spec.name.contains("large")) {
         for precision in [Precision::F32, Precision::F64] {
             let run = |threads| {
-                let results = pool(threads).install(|| layer("linear").expect("linear").evaluate(&case, precision));
+                let results = pool(threads).install(|| layer.evaluate(&case, precision));
                 let bits = |values: &ArrayD<f64>| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
                 results.expect("results").iter().map(|(name, values)| (name.clone(), bits(values))).collect::<Vec<_>>()
             };

@@ -78,6 +78,35 @@ pub const LINEAR: &[Spec] = &[
     },
     Spec { name: "linear-cancelling", twist: Twist::Cancelling, ..PLAIN },
     Spec { name: "linear-cancelling-full", twist: Twist::Cancelling, config: FULL, ..PLAIN },
+    // Square, so that a transposed operand is a wrong number and no wrong shape.
+    Spec { name: "linear-square-full", x: &[6, 6], weight: &[6, 6], rank: 6, config: FULL, ..PLAIN },
+    Spec {
+        name: "linear-square-dropout-per-input-full",
+        x: &[6, 6],
+        weight: &[6, 6],
+        rank: 6,
+        config: PER_INPUT_FULL,
+        dropout: Some(0.5),
+        ..PLAIN
+    },
+    Spec { name: "linear-tiny", twist: Twist::Tiny, ..PLAIN },
+    Spec {
+        name: "linear-zero-unit-norm-eps",
+        twist: Twist::ZeroUnit,
+        config: Config { zero_norm: ZeroNorm::Zero, norm_eps: 0.125, ..DETACHED },
+        ..PLAIN
+    },
+    Spec { name: "linear-per-input-norm-eps-full", config: Config { norm_eps: 0.125, ..PER_INPUT_FULL }, ..PLAIN },
+    Spec { name: "linear-per-input-cancelling-full", twist: Twist::Cancelling, config: PER_INPUT_FULL, ..PLAIN },
+    Spec { name: "linear-per-input-dora-full", config: Config { method: Method::Dora, ..PER_INPUT_FULL }, ..PLAIN },
+    Spec {
+        name: "linear-per-input-fan-in-fan-out-dropout-full",
+        weight: &[7, 6],
+        operator: r#"{"fan_in_fan_out":true}"#,
+        dropout: Some(0.5),
+        config: PER_INPUT_FULL,
+        ..PLAIN
+    },
     Spec { name: "linear-large", ..LARGE },
     Spec { name: "linear-large-dropout-full", dropout: Some(0.5), config: FULL, ..LARGE },
     Spec { name: "linear-large-per-input-full", config: PER_INPUT_FULL, ..LARGE },

@@ -1,8 +1,10 @@
 //! The cases of every layer that `wora check` runs: what is special about each, and seeded numbers for it.
 
+mod conv;
 mod embedding;
 mod linear;
 
+pub use conv::{CONV1D, CONV2D, CONV3D};
 pub use embedding::EMBEDDING;
 pub use linear::LINEAR;
 
@@ -48,6 +50,8 @@ pub enum Twist {
     FreshB,
     /// `beta W0` is close to `-alpha s B A`, so that the factored norm cancels.
     Cancelling,
+    /// W0 and B are so small that their squares vanish in f32.
+    Tiny,
     /// Only the first four ids occur, so that they repeat.
     RepeatedIds,
     /// W0 and B are zero in the first unit, so that it has no direction.
@@ -126,6 +130,10 @@ pub fn draw<O: Operator>(spec: &Spec, layer: &str, seed: u64) -> Case {
     match spec.twist {
         Twist::None | Twist::RepeatedIds => {}
         Twist::FreshB => adapter.lora_b.fill(0.0),
+        Twist::Tiny => {
+            base.weight *= 2f64.powi(-80);
+            adapter.lora_b *= 2f64.powi(-80);
+        }
         Twist::ZeroUnit => {
             adapter.lora_b.index_axis_mut(Axis(0), 0).fill(0.0);
             let mut weight = operator.weight_matrix(base.weight.view()).to_owned();

@@ -69,6 +69,12 @@ impl Worst {
 }
 
 impl Comparison {
+    /// A result that one of the two does not have.
+    pub(super) fn missing(witness: &'static str) -> Self {
+        let worst = Worst { index: vec![], ours: f64::NAN, theirs: f64::NAN, error: f64::INFINITY, budget: 0.0 };
+        Self { witness, verdict: Verdict::Disagree, elements: 0, worst }
+    }
+
     /// Compares element by element.
     pub(super) fn of(witness: &'static str, ours: &ArrayD<f64>, theirs: &ArrayD<f64>, budget: &ArrayD<f64>) -> Self {
         assert_eq!(ours.shape(), theirs.shape(), "a witness of another shape");

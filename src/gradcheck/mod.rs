@@ -8,7 +8,7 @@
 //! use woracle::{gradcheck::{Options, check}, registry};
 //! let linear = registry::layer("linear")?;
 //! let spec = linear.specs().iter().find(|spec| spec.name == "linear-full").unwrap();
-//! let report = check(linear, &linear.draw(spec, 1), Options::default())?;
+//! let report = check(linear, &linear.draw(spec, 1), Options::default());
 //! assert!(report.agrees());
 //! # Ok::<(), woracle::Error>(())
 //! ```
@@ -27,6 +27,8 @@ use rand_pcg::Pcg64;
 use rand_pcg::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
 use serde::Serialize;
+use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// How a check is run.
 #[derive(Clone, Copy, Debug)]
@@ -64,6 +66,8 @@ pub struct CaseReport {
     pub name: String,
     /// Its tensors: y, then every gradient.
     pub tensors: Vec<TensorReport>,
+    /// Why the case could not be run at all.
+    pub failure: Option<String>,
 }
 
 /// What every witness says of one tensor.
@@ -76,9 +80,9 @@ pub struct TensorReport {
 }
 
 impl CaseReport {
-    /// Whether every tensor agrees with every witness.
+    /// Whether the case ran and every tensor agrees with every witness.
     pub fn agrees(&self) -> bool {
-        self.tensors.iter().all(|tensor| tensor.verdict() == Verdict::Agree)
+        self.failure.is_none() && self.tensors.iter().all(|tensor| tensor.verdict() == Verdict::Agree)
     }
 }
 
@@ -96,23 +100,38 @@ impl TensorReport {
     }
 }
 
-/// Checks every result of a case with every witness.
-///
-/// # Errors
-///
-/// If the case cannot be run at all.
-pub fn check(subject: &dyn Subject, case: &Case, options: Options) -> Result<CaseReport> {
+/// Checks every result of a case with every witness. A layer that fails or panics on a case does not agree.
+pub fn check(subject: &dyn Subject, case: &Case, options: Options) -> CaseReport {
+    let examined = catch_unwind(AssertUnwindSafe(|| examine(subject, case, options)));
+    let (tensors, failure) = match examined {
+        Ok(Ok(tensors)) => (tensors, None),
+        Ok(Err(error)) => (vec![], Some(error.to_string())),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+            (vec![], Some(format!("panicked: {}", text.unwrap_or("no message"))))
+        }
+    };
+    CaseReport { name: case.name.clone(), tensors, failure }
+}
+
+fn examine(subject: &dyn Subject, case: &Case, options: Options) -> Result<Vec<TensorReport>> {
     let ours = subject.evaluate(case, Precision::F64)?;
     let single = subject.evaluate(case, Precision::F32)?;
     let defined = subject.define(case)?;
     let roundings = subject.roundings(case)?;
     let differences = Differences::new(subject, case, &roundings, options)?;
     let mut tensors = Vec::new();
-    for (name, ours) in &ours {
+    let names: BTreeSet<&String> = ours.keys().chain(single.keys()).chain(defined.keys()).collect();
+    for name in names {
+        let (Some(ours), Some(single), Some(defined)) = (ours.get(name), single.get(name), defined.get(name)) else {
+            // A result that only one side has is wrong, whichever side it is.
+            tensors.push(TensorReport { name: name.clone(), witnesses: vec![Comparison::missing("definition")] });
+            continue;
+        };
         let rounded = |unit: f64| roundings[name].mapv(|roundings| SLACK * unit * roundings);
         let mut witnesses = vec![
-            Comparison::of("definition", ours, &defined[name], &rounded(f64::UNIT_ROUNDOFF)),
-            Comparison::of("f32", &single[name], ours, &rounded(f32::UNIT_ROUNDOFF)),
+            Comparison::of("definition", ours, defined, &rounded(f64::UNIT_ROUNDOFF)),
+            Comparison::of("f32", single, ours, &rounded(f32::UNIT_ROUNDOFF)),
         ];
         if let Some(tensor) = name.strip_prefix("grad.") {
             witnesses.push(differences.compare(tensor, ours)?);
@@ -120,7 +139,7 @@ pub fn check(subject: &dyn Subject, case: &Case, options: Options) -> Result<Cas
         tensors.push(TensorReport { name: name.clone(), witnesses });
     }
     tensors.sort_by_key(|tensor| tensor.name.starts_with("grad."));
-    Ok(CaseReport { name: case.name.clone(), tensors })
+    Ok(tensors)
 }
 
 /// Differences of the production forward along single elements.

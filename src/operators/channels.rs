@@ -1,6 +1,7 @@
 //! What is done to outputs `[outer, units, inner]` channel by channel: scaling, sums, and the mixing of
 //! `rank` channels into `units`, `Z[o, i, p] = sum_k B[i, k] U[o, k, p]`. SPEC.md, section 3.
 
+use super::group_slice;
 use crate::Scalar;
 use crate::matmul::{Accumulate, product_into};
 use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut3, Axis, Slice, Zip};
@@ -82,12 +83,6 @@ fn sum_in_chunks<T: Scalar>(
     partial.iter().fold(Array1::zeros(units), |sum, part| sum + part)
 }
 
-/// The blocks of one group: units of y, ranks of u.
-fn group(q: usize, groups: usize, units: usize, rank: usize) -> (Slice, Slice) {
-    let (units, ranks) = (units / groups, rank / groups);
-    (Slice::from(q * units..(q + 1) * units), Slice::from(q * ranks..(q + 1) * ranks))
-}
-
 /// `y[o, i, p] += sum_k b[i, k] u[o, k, p]`, k running over the ranks of the group of i. E5.
 ///
 /// y `[outer, units, inner]`, b `[units, rank / groups]`, u `[outer, rank, inner]`.
@@ -98,7 +93,7 @@ pub(crate) fn mix_into<T: Scalar>(
     groups: usize,
 ) {
     for q in 0..groups {
-        let (units, ranks) = group(q, groups, b.nrows(), u.len_of(Axis(1)));
+        let (units, ranks) = (group_slice(q, groups, b.nrows()), group_slice(q, groups, u.len_of(Axis(1))));
         let (b, u) = (b.slice_axis(Axis(0), units), u.slice_axis(Axis(1), ranks));
         let mut y = y.slice_axis_mut(Axis(1), units);
         if y.len_of(Axis(2)) == 1 {
@@ -117,7 +112,7 @@ pub(crate) fn mix_adjoint_input<T: Scalar>(b: ArrayView2<'_, T>, dy: ArrayView3<
     let rank = b.ncols() * groups;
     let mut t = Array3::zeros((outer, rank, inner));
     for q in 0..groups {
-        let (units, ranks) = group(q, groups, b.nrows(), rank);
+        let (units, ranks) = (group_slice(q, groups, b.nrows()), group_slice(q, groups, rank));
         let (b, dy) = (b.slice_axis(Axis(0), units), dy.slice_axis(Axis(1), units));
         let mut t = t.slice_axis_mut(Axis(1), ranks);
         if inner == 1 {
@@ -137,7 +132,7 @@ pub(crate) fn mix_adjoint_weight<T: Scalar>(dy: ArrayView3<'_, T>, u: ArrayView3
     let rank = u.len_of(Axis(1));
     let mut sums = Array2::zeros((total_units, rank / groups));
     for q in 0..groups {
-        let (units, ranks) = group(q, groups, total_units, rank);
+        let (units, ranks) = (group_slice(q, groups, total_units), group_slice(q, groups, rank));
         let (dy, u) = (dy.slice_axis(Axis(1), units), u.slice_axis(Axis(1), ranks));
         let mut sums = sums.slice_axis_mut(Axis(0), units);
         if inner == 1 {

@@ -5,17 +5,21 @@
 //! convolution's images are `outer` and its pixels `inner`. SPEC.md, section 3.
 
 mod channels;
+mod conv;
 mod embedding;
 mod linear;
+mod unfold;
 
 pub(crate) use channels::{
     channel_products, channel_sums, mix_adjoint_input, mix_adjoint_weight, mix_into, scale_channels,
 };
+pub use conv::{Conv, Conv1d, Conv2d, Conv3d, ConvSettings, Extents, Padding, PaddingWord};
 pub use embedding::{Embedding, EmbeddingSettings, Ids};
 pub use linear::{Linear, LinearSettings};
+pub use unfold::PaddingMode;
 
 use crate::{Result, Scalar};
-use ndarray::{Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD};
+use ndarray::{Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD, Slice};
 
 /// What an operator is applied to: floating-point values, or ids.
 pub trait Input<T>: Clone + Send + Sync {
@@ -65,6 +69,10 @@ pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
     fn weight_shape(&self) -> Vec<usize>;
     /// The shapes in which the low-rank pair of this rank is stored: A, then B.
     fn lora_shapes(&self, rank: usize) -> [Vec<usize>; 2];
+    /// Why this shape of A, which is not that of [`Operator::lora_shapes`], is recognised and refused.
+    fn foreign_lora_a(&self, _shape: &[usize]) -> Option<String> {
+        None
+    }
     /// A stored weight seen as `[units, fan_in]`. The stored array is in standard layout.
     fn weight_matrix<'w, E>(&self, weight: ArrayViewD<'w, E>) -> ArrayView2<'w, E>;
     /// The matrix `[units, fan_in]` in the shape in which a weight is stored.
@@ -102,6 +110,11 @@ pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
     ///
     /// `output` and `input` count the elements of y `[outer, units, inner]` and x in row-major order.
     fn terms<T: Scalar>(&self, x: &Self::Input<'_, T>, visit: impl FnMut(Term));
+}
+
+/// The part of an axis of this length that belongs to group q.
+pub(crate) fn group_slice(q: usize, groups: usize, length: usize) -> Slice {
+    Slice::from(q * (length / groups)..(q + 1) * (length / groups))
 }
 
 /// One term of the definition of an operator: `y[output] += factor * W[unit, column] * x[input]`.

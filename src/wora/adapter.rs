@@ -3,7 +3,7 @@
 //! An adapter's gradients are an [`Adapter`] too, so that optimisers, checks and files walk one list.
 
 use super::{Config, Method};
-use crate::error::check_shape;
+use crate::error::{check_finite, check_shape};
 use crate::operators::Operator;
 use crate::{Error, NormAxis, Result, Scalar};
 use ndarray::{ArrayD, ArrayViewD, ArrayViewMutD, Axis, IxDyn};
@@ -180,14 +180,18 @@ fn check_rank<O: Operator>(operator: &O, rank: usize) -> Result<()> {
     Ok(())
 }
 
-/// Fails unless every tensor has the shape that the operator and the method demand. C1, C3, C7
-pub(crate) fn check_tensors<O: Operator, E>(
+/// Fails unless every tensor has the shape that the operator and the method demand, and is finite. C1, C2, C3, C7
+pub(crate) fn check_tensors<O: Operator, T: Scalar>(
     operator: &O,
     config: &Config,
-    base: &Base<E>,
-    adapter: &Adapter<E>,
+    base: &Base<T>,
+    adapter: &Adapter<T>,
 ) -> Result<()> {
     check_shape("base.weight", &operator.weight_shape(), base.weight.shape())?;
+    if base.weight.is_empty() {
+        let (tensor, expected) = ("base.weight".into(), "no length to be 0".into());
+        return Err(Error::Shape { tensor, expected, found: base.weight.shape().to_vec() }); // C1
+    }
     if let Some(bias) = &base.bias {
         check_shape("base.bias", &[operator.units()], bias.shape())?;
     }
@@ -199,6 +203,9 @@ pub(crate) fn check_tensors<O: Operator, E>(
             shape_a[1..].iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
         );
         return Err(Error::Shape { tensor: name_a.into(), expected, found: adapter.lora_a.shape().to_vec() }); // C3
+    }
+    if let Some(reason) = operator.foreign_lora_a(adapter.lora_a.shape()) {
+        return Err(Error::Unexpected { tensor: name_a.into(), reason }); // C1
     }
     check_rank(operator, adapter.rank())?;
     let [shape_a, shape_b] = operator.lora_shapes(adapter.rank());
@@ -236,7 +243,9 @@ pub(crate) fn check_tensors<O: Operator, E>(
             check_shape(name, &[], scalar.shape())?;
         }
     }
-    Ok(())
+    let frozen = [("base.weight", Some(base.weight.view())), ("base.bias", base.bias.as_ref().map(|bias| bias.view()))];
+    let frozen = frozen.into_iter().filter_map(|(name, values)| Some((name, values?)));
+    frozen.chain(adapter.named(O::LORA_NAMES)).try_for_each(|(name, values)| check_finite(name, values)) // C2
 }
 
 /// A stored tensor as a matrix: its first axis, then all others as one.

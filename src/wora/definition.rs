@@ -138,12 +138,21 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
             return Weights { base, delta, weighted, norms: None, merged };
         };
         let m = flat(magnitude);
+        // Scaled by a power of two, which rounds nothing, so that no square leaves the range of f64.
+        let mut largest = vec![0.0_f64; m.len()];
+        for ((u, j), &v) in weighted.indexed_iter() {
+            let i = self.norm_index(u, j);
+            largest[i] = largest[i].max(v.value().abs());
+        }
+        let powers: Vec<f64> = largest.iter().map(|&v| if v > 0.0 { v.log2().floor().exp2() } else { 1.0 }).collect();
         let mut squares = vec![zero; m.len()];
         for ((u, j), &v) in weighted.indexed_iter() {
             let i = self.norm_index(u, j);
-            squares[i] = squares[i] + v.stored() * v.stored(); // the norm of V itself, however V came about
+            let scaled = v.stored() / R::constant(powers[i]); // the norm of V itself, however V came about
+            squares[i] = squares[i] + scaled * scaled;
         }
-        let norm: Vec<R> = squares.into_iter().map(R::sqrt).collect();
+        let root = |(square, &power): (R, &f64)| square.sqrt() * R::constant(power);
+        let norm: Vec<R> = squares.into_iter().zip(&powers).map(root).collect();
         let plus_eps = |&norm: &R| if norm.value() == 0.0 { zero } else { norm + R::constant(self.config.norm_eps) };
         let n = match &self.frozen_norm {
             Some(frozen) => frozen.to_vec(),
@@ -230,7 +239,7 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
                 dweighted[at] = g * d;
                 dlooked_up[at] = g * part(&fraction, j, d);
                 if full && n[i].value() != 0.0 {
-                    let through_norm = dgain[i] * g / (n[i] * norm[i]) * weights.weighted[at]; // E31
+                    let through_norm = dgain[i] / n[i] * (g / norm[i]) * weights.weighted[at]; // E31
                     dweighted[at] = dweighted[at] - through_norm;
                     dlooked_up[at] = dlooked_up[at] - through_norm;
                 }

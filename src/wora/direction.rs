@@ -6,6 +6,7 @@
 
 use super::{Config, ZeroNorm};
 use crate::matmul::{Accumulate, PARALLEL_FLOPS, product, product_into};
+use crate::operators::group_slice;
 use crate::{Error, Result, Scalar};
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, Slice, Zip};
 use rayon::prelude::*;
@@ -62,14 +63,13 @@ pub(crate) struct NormPath<T> {
 impl<'a, T: Scalar> Factors<'a, T> {
     /// The factors of one group, and which rows they are.
     fn group(&self, q: usize) -> (Factors<'a, T>, Slice) {
-        let (rows, ranks) = (self.base.nrows() / self.groups, self.right.nrows() / self.groups);
-        let (range, ranks) = (Slice::from(q * rows..(q + 1) * rows), Slice::from(q * ranks..(q + 1) * ranks));
+        let rows = group_slice(q, self.groups, self.base.nrows());
         let mut of_group = Factors { groups: 1, ..*self };
-        of_group.base.slice_axis_inplace(Axis(0), range);
-        of_group.left.slice_axis_inplace(Axis(0), range);
-        of_group.right.slice_axis_inplace(Axis(0), ranks);
-        of_group.base_sq.slice_axis_inplace(Axis(0), range);
-        (of_group, range)
+        of_group.base.slice_axis_inplace(Axis(0), rows);
+        of_group.left.slice_axis_inplace(Axis(0), rows);
+        of_group.right.slice_axis_inplace(Axis(0), group_slice(q, self.groups, self.right.nrows()));
+        of_group.base_sq.slice_axis_inplace(Axis(0), rows);
+        (of_group, rows)
     }
 
     /// `||V_i||` from the row itself, scaled so that no square overflows or vanishes.
@@ -93,6 +93,25 @@ pub(crate) fn norm<T: Scalar>(row: ArrayView1<'_, T>) -> T {
         return largest;
     }
     largest * row.iter().fold(T::zero(), |sum, &v| sum + (v / largest) * (v / largest)).sqrt()
+}
+
+/// `n = ||V|| + eps`, 0 where `||V|| = 0`. E10
+///
+/// # Errors
+///
+/// A norm of 0, unless `zero_norm` says otherwise (C5); a norm that overflows (C2).
+pub(crate) fn weight_norm<T: Scalar>(norm: ArrayView1<'_, T>, config: &Config) -> Result<Array1<T>> {
+    let eps = T::from_f64(config.norm_eps);
+    for (unit, &norm) in norm.iter().enumerate() {
+        if !norm.is_finite() {
+            let (tensor, index, found) = ("weight_norm".into(), vec![unit], norm.as_f64());
+            return Err(Error::NotFinite { tensor, index, found }); // C2
+        }
+        if norm == T::zero() && config.zero_norm == ZeroNorm::Error {
+            return Err(Error::ZeroNorm { unit }); // C5
+        }
+    }
+    Ok(norm.mapv(|norm| if norm == T::zero() { norm } else { norm + eps })) // E10
 }
 
 impl<T: Scalar> Direction<T> {
@@ -133,17 +152,7 @@ impl<T: Scalar> Direction<T> {
         };
         let norm = Array1::from(norm);
 
-        let eps = T::from_f64(config.norm_eps);
-        for (unit, &norm) in norm.iter().enumerate() {
-            if !norm.is_finite() {
-                let (tensor, index, found) = ("weight_norm".into(), vec![unit], norm.as_f64());
-                return Err(Error::NotFinite { tensor, index, found }); // C2
-            }
-            if norm == T::zero() && config.zero_norm == ZeroNorm::Error {
-                return Err(Error::ZeroNorm { unit }); // C5
-            }
-        }
-        let weight_norm = norm.mapv(|norm| if norm == T::zero() { norm } else { norm + eps }); // E10
+        let weight_norm = weight_norm(norm.view(), config)?;
         let gain = Self::gain(magnitude, weight_norm.view());
         Ok(Self { norm, weight_norm, gain, cross, mixed, base_delta, delta_sq })
     }
@@ -161,8 +170,20 @@ impl<T: Scalar> Direction<T> {
     /// `k_i` such that the loss's gradient through the norm is `dV_i = k_i V_i`. E31
     pub(crate) fn norm_weight(&self, dgain: ArrayView1<'_, T>) -> Array1<T> {
         Zip::from(dgain).and(&self.gain).and(&self.norm).and(&self.weight_norm).map_collect(|&c, &g, &norm, &n| {
-            if norm == T::zero() { T::zero() } else { -c * g / (n * norm) } // E31
+            if norm == T::zero() { T::zero() } else { -(c / n) * (g / norm) } // E31
         })
+    }
+
+    /// Fails where a square that the gradient through the norm is made of leaves the range of the type. C11
+    pub(crate) fn check_squares(&self, factors: &Factors<'_, T>) -> Result<()> {
+        let fits = |unit: usize| {
+            let (norm, squares) = (self.norm[unit], factors.base_sq[unit] + self.delta_sq[unit]);
+            norm == T::zero() || ((norm * norm).is_normal() && squares.is_finite())
+        };
+        match (0..self.norm.len()).find(|&unit| !fits(unit)) {
+            None => Ok(()),
+            Some(unit) => Err(Error::Range { unit, found: self.norm[unit].as_f64(), number: T::NAME }),
+        }
     }
 
     /// What `dV = diag(k) V` adds to the gradients of left, right, alpha and beta.
@@ -180,11 +201,10 @@ impl<T: Scalar> Direction<T> {
         }
         let v_right = &self.cross * beta + &self.mixed * gamma; // V right^T
         path.d_left.assign(&(v_right * k.insert_axis(Axis(1)) * gamma)); // E34
-        let ranks = factors.right.nrows() / factors.groups;
         for q in 0..factors.groups {
             let (f, range) = factors.group(q);
             let k_left = &f.left * &k.slice_axis(Axis(0), range).insert_axis(Axis(1));
-            let d_right = path.d_right.slice_axis_mut(Axis(0), Slice::from(q * ranks..(q + 1) * ranks));
+            let d_right = path.d_right.slice_axis_mut(Axis(0), group_slice(q, factors.groups, factors.right.nrows()));
             add_weighted(gamma, k_left.t(), &f, d_right); // E35
         }
         path

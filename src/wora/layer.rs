@@ -1,6 +1,4 @@
-//! The layer: forward, what it keeps, and backward, over any operator, without forming W' or dW'.
-//!
-//! `y = op(x - x~, W0) + g_out (beta op(u, W0) + alpha s B op(u, A)) + b`, `u = g_in x~`. SPEC.md, section 6.
+//! The layer: a frozen weight and an adapter over an operator. Its forward and backward are in `passes.rs`.
 //!
 //! ```
 //! use ndarray::array;
@@ -22,91 +20,21 @@
 
 use super::adapter::{as_matrix, check_tensors};
 use super::direction::{Direction, Factors, norm};
-use super::{Adapter, Base, Config, LoraInit, Method, NormAxis, NormGradient};
-use crate::error::check_shape;
-use crate::operators::{
-    Input, Operator, channel_products, channel_sums, mix_adjoint_input, mix_adjoint_weight, mix_into, scale_channels,
-};
+use super::{Adapter, Base, Config, LoraInit, NormAxis};
+use crate::operators::Operator;
 use crate::{Error, Result, Scalar};
-use ndarray::{
-    Array1, Array2, Array3, ArrayD, ArrayView1, ArrayView2, ArrayView3, ArrayViewD, Axis, CowArray, Ix3, IxDyn,
-};
+use ndarray::{Array1, ArrayD, ArrayView1, ArrayView2};
 use rand::Rng;
 
 /// A frozen layer with an adapter: LoRA, DoRA or WoRA over the operator `O`.
 #[derive(Clone, Debug)]
 pub struct Layer<O, T> {
-    operator: O,
-    config: Config,
-    base: Base<T>,
-    adapter: Adapter<T>,
+    pub(super) operator: O,
+    pub(super) config: Config,
+    pub(super) base: Base<T>,
+    pub(super) adapter: Adapter<T>,
     /// `||W0_i||^2` along the norm axis: `[units]` or `[fan_in]`. Kept because W0 is frozen.
-    base_sq: Array1<T>,
-}
-
-/// What [`Layer::forward`] keeps for [`Layer::backward`], which consumes it.
-#[derive(Clone, Debug)]
-pub struct Cache<'x, O: Operator, T: Scalar> {
-    /// x, as it was given.
-    x: O::Input<'x, T>,
-    /// The mask, in the shape of x, and `x~ = mask x`.
-    dropped: Option<(ArrayD<T>, O::Input<'x, T>)>,
-    /// `u = g_in x~`, where the gain acts on input columns.
-    gained: Option<O::Input<'x, T>>,
-    /// `P = op(u, W0)`: `[outer, units, inner]`
-    base_output: Array3<T>,
-    /// `U = op(u, A)`: `[outer, rank, inner]`
-    lora_output: Array3<T>,
-    /// Norms and gains; `None` for LoRA.
-    direction: Option<Direction<T>>,
-    /// The shape of y.
-    output_shape: Vec<usize>,
-}
-
-/// Which gradients beside the adapter's are wanted. PyTorch's word.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RequiresGrad {
-    /// The input's. On by default.
-    pub x: bool,
-    /// The base weight's, which is frozen: one more large product. Off by default.
-    pub weight: bool,
-    /// The bias's. Off by default.
-    pub bias: bool,
-}
-
-impl Default for RequiresGrad {
-    fn default() -> Self {
-        Self { x: true, weight: false, bias: false }
-    }
-}
-
-impl RequiresGrad {
-    /// All of them.
-    pub const ALL: Self = Self { x: true, weight: true, bias: true };
-}
-
-/// The gradients of one backward, each in the shape of what it is the gradient of.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Gradients<E> {
-    /// dx; `None` for ids, or where not wanted.
-    pub x: Option<ArrayD<E>>,
-    /// dW0, where wanted.
-    pub weight: Option<ArrayD<E>>,
-    /// db, where wanted and there is a bias.
-    pub bias: Option<ArrayD<E>>,
-    /// dA, dB, dm, dalpha, dbeta.
-    pub adapter: Adapter<E>,
-}
-
-impl<'x, O: Operator, T: Scalar> Cache<'x, O, T> {
-    /// `x~`: what meets the adapted weight.
-    fn adapted_input(&self) -> &O::Input<'x, T> {
-        self.dropped.as_ref().map_or(&self.x, |(_, masked)| masked)
-    }
-    /// u: what the operator was applied to.
-    fn u(&self) -> &O::Input<'x, T> {
-        self.gained.as_ref().unwrap_or_else(|| self.adapted_input())
-    }
+    pub(super) base_sq: Array1<T>,
 }
 
 impl<O: Operator, T: Scalar> Layer<O, T> {
@@ -127,7 +55,12 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
             if tensor.is_standard_layout() { tensor } else { tensor.as_standard_layout().into_owned() }
         };
         let base = Base { weight: standard(base.weight), bias: base.bias };
-        let adapter = Adapter { lora_a: standard(adapter.lora_a), lora_b: standard(adapter.lora_b), ..adapter };
+        let adapter = Adapter {
+            lora_a: standard(adapter.lora_a),
+            lora_b: standard(adapter.lora_b),
+            magnitude: adapter.magnitude.map(standard),
+            ..adapter
+        };
         let weight = operator.weight_matrix(base.weight.view());
         let base_sq = match config.norm_axis {
             NormAxis::Output => weight.rows().into_iter().map(|row| row.dot(&row)).collect(),
@@ -137,7 +70,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
     }
 
     /// A fresh adapter as PEFT makes it: A random, B zero, `m = ||V||`, alpha = beta = 1, so that the layer
-    /// still computes what its base does. E38
+    /// still computes what its base does (where `norm_eps` is 0). E38
     ///
     /// # Errors
     ///
@@ -209,7 +142,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
     }
 
     /// V as the norm sees it: rows are what a norm is taken of.
-    fn factors(&self) -> Factors<'_, T> {
+    pub(super) fn factors(&self) -> Factors<'_, T> {
         let (base, left, right) = match self.config.norm_axis {
             NormAxis::Output => (self.weight(), self.b(), self.a()),
             NormAxis::Input => (self.weight().reversed_axes(), self.a().reversed_axes(), self.b().reversed_axes()),
@@ -236,202 +169,6 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         self.magnitude().map(|magnitude| Direction::new(&self.factors(), magnitude, &self.config)).transpose()
     }
 
-    /// y, and what backward needs. x: linear `[..., in]`; the mask, in the shape of x, holds 0 where the
-    /// correction is dropped and `1 / (1 - p)` elsewhere.
-    ///
-    /// # Errors
-    ///
-    /// An input or a mask that does not fit (C1); a unit with `||V|| = 0` (C5).
-    pub fn forward<'x>(
-        &self,
-        x: O::Input<'x, T>,
-        mask: Option<ArrayViewD<'_, T>>,
-    ) -> Result<(ArrayD<T>, Cache<'x, O, T>)> {
-        let direction = self.direction()?;
-        let gain = direction.as_ref().map(|direction| direction.gain.view());
-        let (y, mut cache) = self.forward_with_gain(x, mask, gain)?;
-        cache.direction = direction;
-        Ok((y, cache))
-    }
-
-    /// y with the norms held at `weight_norm` instead of `||V||`: the function whose gradient the detached
-    /// backward is. `weight_norm`: `[units]` or `[fan_in]`; 0 stands for a unit without a direction.
-    ///
-    /// # Errors
-    ///
-    /// As [`Layer::forward`].
-    pub fn forward_at_norm(
-        &self,
-        x: O::Input<'_, T>,
-        mask: Option<ArrayViewD<'_, T>>,
-        weight_norm: ArrayView1<'_, T>,
-    ) -> Result<ArrayD<T>> {
-        check_shape("weight_norm", self.base_sq.shape(), weight_norm.shape())?; // C1
-        let gain = self.magnitude().map(|magnitude| Direction::gain(magnitude, weight_norm));
-        Ok(self.forward_with_gain(x, mask, gain.as_ref().map(|gain| gain.view()))?.0)
-    }
-
-    /// The gains of input columns and of output units: at most one of them is not 1.
-    fn split_gain<'g>(
-        &self,
-        gain: Option<ArrayView1<'g, T>>,
-    ) -> (Option<ArrayView1<'g, T>>, Option<ArrayView1<'g, T>>) {
-        match self.config.norm_axis {
-            NormAxis::Input => (gain, None),
-            NormAxis::Output => (None, gain),
-        }
-    }
-
-    fn forward_with_gain<'x>(
-        &self,
-        x: O::Input<'x, T>,
-        mask: Option<ArrayViewD<'_, T>>,
-        gain: Option<ArrayView1<'_, T>>,
-    ) -> Result<(ArrayD<T>, Cache<'x, O, T>)> {
-        let output_shape = self.operator.output_shape(&x)?;
-        let dropped = mask.map(|mask| masked::<O, T>(&x, mask)).transpose()?;
-        let (gain_in, gain_out) = self.split_gain(gain);
-        let (beta, gamma) = (self.beta(), self.alpha() * self.scaling());
-
-        let met = dropped.as_ref().map_or(&x, |(_, masked)| masked);
-        let gained = gain_in.map(|gain| {
-            let scaled = &met.values().expect("features") * &gain; // E15
-            O::Input::from_values(scaled).expect("features")
-        });
-        let mut outputs = self.operator.apply(gained.as_ref().unwrap_or(met), &[self.weight(), self.a()]).into_iter(); // E16
-        let (base_output, lora_output) = (outputs.next().expect("P"), outputs.next().expect("U"));
-
-        let gain_out = gain_out.map_or_else(|| Array1::ones(self.operator.units()), |gain| gain.to_owned());
-        let bias = self.base.bias.as_ref().map(|bias| bias.view().into_dimensionality().expect("[units]"));
-        let mut y = base_output.clone();
-        scale_channels(y.view_mut(), (&gain_out * beta).view(), bias); // E17
-        let b = &self.b() * &(&gain_out * gamma).insert_axis(Axis(1));
-        mix_into(y.view_mut(), b.view(), lora_output.view(), self.operator.groups()); // E17
-        if let Some((_, masked)) = &dropped {
-            let kept = O::Input::from_values(&x.values().expect("values") - &masked.values().expect("values"));
-            y += &self.operator.apply(&kept.expect("values"), &[self.weight()])[0]; // E17
-        }
-        let y = y.into_shape_with_order(output_shape.clone()).expect("as many outputs as the shape says");
-        Ok((y, Cache { x, dropped, gained, base_output, lora_output, direction: None, output_shape }))
-    }
-
-    /// The gradients of `<dy, y>`: exact with `norm_gradient = "full"`, with `||V||` held constant with
-    /// `"detached"`. dy has the shape of y.
-    ///
-    /// # Errors
-    ///
-    /// A dy of another shape than y (C1).
-    pub fn backward(
-        &self,
-        cache: Cache<'_, O, T>,
-        dy: ArrayViewD<'_, T>,
-        requires_grad: RequiresGrad,
-    ) -> Result<Gradients<T>> {
-        check_shape("grad.y", &cache.output_shape, dy.shape())?; // C1
-        let groups = self.operator.groups();
-        let (beta, gamma, scaling) = (self.beta(), self.alpha() * self.scaling(), self.scaling());
-        let dy: CowArray<'_, T, Ix3> = dy.to_shape(cache.base_output.dim()).expect("as many as y");
-        let gain = cache.direction.as_ref().map(|direction| direction.gain.view());
-        let (gain_in, gain_out) = self.split_gain(gain);
-        let gain_out = gain_out.map_or_else(|| Array1::ones(self.operator.units()), |gain| gain.to_owned());
-
-        let p = channel_products(dy.view(), cache.base_output.view()); // E19
-        let s = mix_adjoint_weight(dy.view(), cache.lora_output.view(), groups); // E19
-        let z = (&self.b() * &s).sum_axis(Axis(1)); // E19
-        let mut dbeta = gain_out.dot(&p); // E20
-        let mut dalpha = scaling * gain_out.dot(&z); // E21
-        let gain_gamma = (&gain_out * gamma).insert_axis(Axis(1));
-        let mut db = &s * &gain_gamma; // E22
-        let t = mix_adjoint_input((&self.b() * &gain_gamma).view(), dy.view(), groups); // E23
-        let mut da = self.operator.adjoint_weight(cache.u(), t.view()); // E24
-        let mut h_beta = dy.to_owned();
-        scale_channels(h_beta.view_mut(), (&gain_out * beta).view(), None); // E18
-
-        let du = (requires_grad.x || gain_in.is_some())
-            .then(|| {
-                let pairs = [(h_beta.view(), self.weight()), (t.view(), self.a())];
-                self.operator.adjoint_input(cache.u(), &pairs) // E25
-            })
-            .flatten();
-        let mut weight = requires_grad.weight.then(|| self.adjoint_weight(&cache, dy.view(), h_beta.view()));
-
-        let mut magnitude = None;
-        if let Some(direction) = &cache.direction {
-            let dgain = match self.config.norm_axis {
-                NormAxis::Output => &p * beta + &z * gamma, // E27
-                NormAxis::Input => column_products(&cache, du.as_ref().expect("features")), // E27
-            };
-            magnitude = Some(direction.dmagnitude(dgain.view())); // E28
-            if self.config.norm_gradient == NormGradient::Full {
-                let (k, factors) = (direction.norm_weight(dgain.view()), self.factors());
-                let path = direction.adjoint(k.view(), &factors);
-                dalpha += path.dalpha; // E32
-                dbeta += path.dbeta; // E33
-                let (path_b, path_a) = match self.config.norm_axis {
-                    NormAxis::Output => (path.d_left, path.d_right),
-                    NormAxis::Input => (path.d_right.reversed_axes(), path.d_left.reversed_axes()),
-                };
-                db += &path_b; // E34
-                da += &path_a; // E35
-                if let Some(weight) = &mut weight {
-                    let rows = match self.config.norm_axis {
-                        NormAxis::Output => weight.view_mut(),
-                        NormAxis::Input => weight.view_mut().reversed_axes(),
-                    };
-                    direction.adjoint_base(k.view(), &factors, rows); // E36
-                }
-            }
-        }
-
-        let x = du.filter(|_| requires_grad.x).map(|du| self.adjoint_x(&cache, dy.view(), du, gain_in));
-        let stored = |tensor: &ArrayD<T>, gradient: Array2<T>| {
-            let standard = gradient.as_standard_layout().into_owned();
-            standard.into_shape_with_order(tensor.shape()).expect("as many as the tensor has")
-        };
-        let magnitude = magnitude.zip(self.adapter.magnitude.as_ref());
-        let scalar = |value| (self.config.method == Method::Wora).then(|| ArrayD::from_elem(IxDyn(&[]), value));
-        Ok(Gradients {
-            x,
-            weight: weight.map(|weight| self.operator.stored_weight(weight)),
-            bias: self.base.bias.as_ref().filter(|_| requires_grad.bias).map(|_| channel_sums(dy.view()).into_dyn()), // E30
-            adapter: Adapter {
-                lora_a: stored(&self.adapter.lora_a, da),
-                lora_b: stored(&self.adapter.lora_b, db),
-                magnitude: magnitude.map(|(dm, m)| dm.into_shape_with_order(m.shape()).expect("one an entry of m")),
-                alpha: scalar(dalpha),
-                beta: scalar(dbeta),
-            },
-        })
-    }
-
-    /// `dx~ = g_in du`; with a mask, `dx = mask dx~ + (1 - mask) op*(dy, W0)`. E26
-    fn adjoint_x(
-        &self,
-        cache: &Cache<'_, O, T>,
-        dy: ArrayView3<'_, T>,
-        mut du: ArrayD<T>,
-        gain_in: Option<ArrayView1<'_, T>>,
-    ) -> ArrayD<T> {
-        if let Some(gain) = gain_in {
-            du *= &gain; // E26
-        }
-        if let Some((mask, _)) = &cache.dropped {
-            let kept = self.operator.adjoint_input(&cache.x, &[(dy, self.weight())]).expect("values");
-            ndarray::azip!((dx in &mut du, &kept in &kept, &mask in mask) *dx = mask * *dx + (T::one() - mask) * kept); // E26
-        }
-        du
-    }
-
-    /// dW0 with the norm held fixed: `[units, fan_in]`. E29
-    fn adjoint_weight(&self, cache: &Cache<'_, O, T>, dy: ArrayView3<'_, T>, h_beta: ArrayView3<'_, T>) -> Array2<T> {
-        let mut weight = self.operator.adjoint_weight(cache.u(), h_beta); // E29
-        if let Some((_, masked)) = &cache.dropped {
-            weight += &self.operator.adjoint_weight(&cache.x, dy); // E29
-            weight -= &self.operator.adjoint_weight(masked, dy); // E29
-        }
-        weight
-    }
-
     /// `||V||` of the materialised rows or columns of V `[units, fan_in]`, along the norm axis.
     pub(crate) fn norms_of(&self, weighted: ArrayView2<'_, T>) -> Array1<T> {
         match self.config.norm_axis {
@@ -439,26 +176,4 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
             NormAxis::Input => weighted.columns().into_iter().map(norm).collect(),
         }
     }
-}
-
-/// The mask, and the input under it.
-fn masked<'x, O: Operator, T: Scalar>(
-    x: &O::Input<'x, T>,
-    mask: ArrayViewD<'_, T>,
-) -> Result<(ArrayD<T>, O::Input<'x, T>)> {
-    let Some(values) = x.values() else {
-        let reason = "expected none: PEFT applies no dropout to ids".into();
-        return Err(Error::Unexpected { tensor: "dropout_mask".into(), reason });
-    };
-    check_shape("dropout_mask", values.shape(), mask.shape())?; // C1
-    let masked = O::Input::from_values(&values * &mask).expect("values");
-    Ok((mask.to_owned(), masked))
-}
-
-/// `sum over rows of x~ du` for every column: `[fan_in]`.
-fn column_products<O: Operator, T: Scalar>(cache: &Cache<'_, O, T>, du: &ArrayD<T>) -> Array1<T> {
-    let products = &cache.adapted_input().values().expect("features") * du;
-    let columns = products.shape().last().copied().unwrap_or(1);
-    let rows = products.len() / columns;
-    products.into_shape_with_order((rows, columns)).expect("standard layout").sum_axis(Axis(0))
 }

@@ -17,12 +17,13 @@
 //! # Ok::<(), woracle::Error>(())
 //! ```
 
-use super::{Layer, NormAxis, ZeroNorm};
+use super::direction::{Direction, weight_norm};
+use super::{Layer, NormAxis};
 use crate::error::check_shape;
 use crate::matmul::{Accumulate, product_into};
-use crate::operators::Operator;
+use crate::operators::{Operator, group_slice};
 use crate::{Error, Result, Scalar};
-use ndarray::{Array1, Array2, ArrayD, Axis, Slice};
+use ndarray::{Array1, Array2, ArrayD, Axis};
 
 /// A merged weight, and what it takes to undo the merge.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,18 +48,8 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
             return Ok(Merged { weight: self.operator().stored_weight(weighted), weight_norm: None });
         };
         let norm = self.norms_of(weighted.view());
-        let eps = T::from_f64(self.config().norm_eps);
-        for (unit, &norm) in norm.iter().enumerate() {
-            if !norm.is_finite() {
-                let (tensor, index) = ("weight_norm".into(), vec![unit]);
-                return Err(Error::NotFinite { tensor, index, found: norm.as_f64() }); // C2
-            }
-            if norm == T::zero() && self.config().zero_norm == ZeroNorm::Error {
-                return Err(Error::ZeroNorm { unit }); // C5
-            }
-        }
-        let weight_norm = norm.mapv(|norm| if norm == T::zero() { norm } else { norm + eps }); // E10
-        let gain = super::Direction::gain(magnitude, weight_norm.view()); // E11
+        let weight_norm = weight_norm(norm.view(), self.config())?; // E10
+        let gain = Direction::gain(magnitude, weight_norm.view()); // E11
         weighted *= &self.along_norm_axis(gain); // E12
         Ok(Merged { weight: self.operator().stored_weight(weighted), weight_norm: Some(weight_norm) })
     }
@@ -98,10 +89,9 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
     /// `scale B A`: `[units, fan_in]`
     pub(crate) fn delta_weight(&self, scale: T) -> Array2<T> {
         let (a, b, groups) = (self.a(), self.b(), self.operator().groups());
-        let (units, ranks) = (b.nrows() / groups, a.nrows() / groups);
         let mut delta = Array2::zeros((b.nrows(), a.ncols()));
         for q in 0..groups {
-            let (units, ranks) = (Slice::from(q * units..(q + 1) * units), Slice::from(q * ranks..(q + 1) * ranks));
+            let (units, ranks) = (group_slice(q, groups, b.nrows()), group_slice(q, groups, a.nrows()));
             let (a, b) = (a.slice_axis(Axis(0), ranks), b.slice_axis(Axis(0), units));
             product_into(scale, b, a, Accumulate::Replace, delta.slice_axis_mut(Axis(0), units));
         }

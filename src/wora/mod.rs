@@ -8,11 +8,13 @@ mod definition;
 mod direction;
 mod layer;
 mod merge;
+mod passes;
 
 pub use adapter::{Adapter, Base, LoraInit};
 pub(crate) use adapter::{SCALE_NAMES, magnitude_shape};
 pub use config::{Config, Method, NormAxis, NormGradient, ZeroNorm, scaling};
 pub use definition::{Definition, Evaluation};
 pub use direction::{CANCELLATION, Direction};
-pub use layer::{Cache, Gradients, Layer, RequiresGrad};
+pub use layer::Layer;
 pub use merge::Merged;
+pub use passes::{Cache, Gradients, RequiresGrad};

@@ -1,0 +1,412 @@
+//! Convolution in one, two or three dimensions: `y[n, u, p] = sum_ck W[u, c k] x[n, c, source(p, k)]`.
+//! SPEC.md, section 3.4.
+//!
+//! ```
+//! use ndarray::{Array, array};
+//! use woracle::operators::{Conv1d, ConvSettings, Operator};
+//! let settings: ConvSettings = serde_json::from_str(r#"{"stride": 2, "padding": 1}"#).unwrap();
+//! let conv = Conv1d::from_weight_shape(settings, &[1, 1, 3])?; // [out, in / groups, kernel]
+//! let x = array![[[1.0, 2.0, 3.0, 4.0]]].into_dyn(); // [batch, in, size]
+//! let weight = array![[1.0, 10.0, 100.0]]; // [units, fan_in]
+//! let y = conv.apply(&x.into(), &[weight.view()]); // one [1, 1, 2]
+//! assert_eq!(y[0].iter().copied().collect::<Vec<_>>(), [210.0, 432.0]);
+//! # Ok::<(), woracle::Error>(())
+//! ```
+
+use super::unfold::{Geometry, PaddingMode, TILE, Windows};
+use super::{Operator, Term, group_slice};
+use crate::matmul::{Accumulate, product_into_on_this_thread};
+use crate::{Error, Result, Scalar};
+use ndarray::{
+    Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut2, Axis, CowArray, Ix3, IxDyn, Slice,
+};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
+
+/// PyTorch's `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` without their bias: x `[batch, in, size...]` or
+/// `[in, size...]`, y `[batch, out, size...]` or `[out, size...]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Conv<const N: usize> {
+    /// Channels of the input.
+    pub in_channels: usize,
+    /// Channels of the output.
+    pub out_channels: usize,
+    /// The kernel's extent along each axis.
+    pub kernel_size: [usize; N],
+    /// The step of the output along each axis.
+    pub stride: [usize; N],
+    /// Padding before and after along each axis.
+    pub padding: [(usize, usize); N],
+    /// The step within the kernel along each axis.
+    pub dilation: [usize; N],
+    /// Output channels of group q see the input channels of group q only.
+    pub groups: usize,
+    /// How the padding is filled.
+    pub padding_mode: PaddingMode,
+}
+
+/// Convolution along one axis.
+pub type Conv1d = Conv<1>;
+/// Convolution along two axes.
+pub type Conv2d = Conv<2>;
+/// Convolution along three axes.
+pub type Conv3d = Conv<3>;
+
+/// One number for every axis, or one an axis.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Extents {
+    /// The same along every axis.
+    All(usize),
+    /// One an axis.
+    Each(Vec<usize>),
+}
+
+/// What is put around the input.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Padding {
+    /// As much before as after.
+    Numbers(Extents),
+    /// `"same"` or `"valid"`.
+    Word(PaddingWord),
+}
+
+/// PyTorch's words for padding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PaddingWord {
+    /// So much that the output is as large as the input; the odd one goes after.
+    Same,
+    /// None.
+    Valid,
+}
+
+/// What a case file says of a convolution beside the shapes of its tensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ConvSettings {
+    /// The step of the output.
+    pub stride: Extents,
+    /// What is put around the input.
+    pub padding: Padding,
+    /// The step within the kernel.
+    pub dilation: Extents,
+    /// The number of groups.
+    pub groups: usize,
+    /// How the padding is filled.
+    pub padding_mode: PaddingMode,
+}
+
+impl Default for ConvSettings {
+    fn default() -> Self {
+        let padding = Padding::Numbers(Extents::All(0));
+        Self {
+            stride: Extents::All(1),
+            padding,
+            dilation: Extents::All(1),
+            groups: 1,
+            padding_mode: PaddingMode::Zeros,
+        }
+    }
+}
+
+impl Extents {
+    fn each<const N: usize>(&self, name: &'static str, least: usize) -> Result<[usize; N]> {
+        let each = match self {
+            Self::All(value) => [*value; N],
+            Self::Each(values) => {
+                values.as_slice().try_into().map_err(|_| setting(name, format!("{N} numbers"), values))?
+            }
+        };
+        if each.iter().any(|&value| value < least) {
+            return Err(setting(name, format!("numbers of {least} or more"), &each)); // C4
+        }
+        // Beyond this the arithmetic of positions could overflow, and no input is that large.
+        if each.iter().any(|&value| value > u32::MAX as usize) {
+            return Err(setting(name, format!("numbers up to {}", u32::MAX), &each)); // C4
+        }
+        Ok(each)
+    }
+}
+
+fn setting(name: &'static str, expected: String, found: &dyn std::fmt::Debug) -> Error {
+    Error::Setting { name, expected, found: format!("{found:?}") }
+}
+
+/// `[batch, in, size...]` as `[batch, in, inputs]`.
+type Images<'a, T> = CowArray<'a, T, Ix3>;
+
+impl<const N: usize> Conv<N> {
+    /// The axes of an input of this size, or what is wrong with it.
+    fn axes(&self, size: &[usize]) -> Result<[Geometry; N]> {
+        let axes = std::array::from_fn(|axis| Geometry {
+            size: size[axis],
+            kernel: self.kernel_size[axis],
+            stride: self.stride[axis],
+            dilation: self.dilation[axis],
+            before: self.padding[axis].0,
+            after: self.padding[axis].1,
+            mode: self.padding_mode,
+        });
+        for (axis, Geometry { size, before, after, .. }) in axes.iter().enumerate() {
+            let widest = before.max(after);
+            let (limit, expected) = match self.padding_mode {
+                PaddingMode::Zeros => (usize::MAX, ""),
+                PaddingMode::Reflect => (size.saturating_sub(1), "less than"),
+                PaddingMode::Replicate => (if *size == 0 { 0 } else { usize::MAX }, "0 beside"),
+                PaddingMode::Circular => (*size, "at most"),
+            };
+            if *widest > limit {
+                let expected =
+                    format!("{:?} padding {expected} the input's size {size} along axis {axis}", self.padding_mode);
+                return Err(setting("padding", expected.to_lowercase(), widest)); // C10
+            }
+        }
+        if let Some(axis) = axes.iter().position(|axis| axis.output() == 0) {
+            let Geometry { size, kernel, dilation, before, after, .. } = axes[axis];
+            let expected = format!(
+                "a size along axis {axis} of at least {} for kernel {kernel} with dilation {dilation} and padding {before} + {after}",
+                (dilation * (kernel - 1) + 1).saturating_sub(before + after),
+            );
+            return Err(Error::Shape { tensor: "x".into(), expected, found: vec![size] }); // C10
+        }
+        Ok(axes)
+    }
+
+    /// The windows of an input that `output_shape` has accepted.
+    fn windows(&self, shape: &[usize]) -> Windows<N> {
+        Windows::new(self.axes(&shape[shape.len() - N..]).expect("an input checked by output_shape"))
+    }
+
+    fn images<'a, T: Scalar>(&self, x: &'a CowArray<'_, T, IxDyn>) -> Images<'a, T> {
+        let batch = if x.ndim() == N + 2 { x.shape()[0] } else { 1 };
+        let inputs: usize = x.shape()[x.ndim() - N..].iter().product();
+        let images = x.to_shape((batch, self.in_channels, inputs)).expect("an input checked by output_shape");
+        if images.is_standard_layout() { images } else { images.as_standard_layout().into_owned().into() }
+    }
+}
+
+/// Channels that one task of `adjoint_input` folds.
+const CHANNELS: usize = 16;
+
+/// Tiles of output positions.
+fn tiles(positions: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..positions).step_by(TILE).map(move |start| start..(start + TILE).min(positions))
+}
+
+impl<const N: usize> Operator for Conv<N> {
+    type Input<'x, T: Scalar> = CowArray<'x, T, IxDyn>;
+    type Settings = ConvSettings;
+
+    const LORA_NAMES: [&'static str; 2] = ["lora_A", "lora_B"];
+    const COLUMNS_ARE_NOT_FEATURES: Option<&'static str> =
+        Some("a column of a convolution's weight meets many elements of the input");
+
+    fn from_weight_shape(settings: ConvSettings, weight: &[usize]) -> Result<Self> {
+        let ConvSettings { stride, padding, dilation, groups, padding_mode } = settings;
+        if weight.len() != N + 2 || weight.contains(&0) {
+            let expected = format!("[out, in / groups, {}], none 0", ["kernel"; N].join(", "));
+            return Err(Error::Shape { tensor: "base.weight".into(), expected, found: weight.to_vec() }); // C1
+        }
+        let kernel_size: [usize; N] = std::array::from_fn(|axis| weight[axis + 2]);
+        if groups == 0 || !weight[0].is_multiple_of(groups) {
+            return Err(setting("groups", format!("a divisor of the {} output channels", weight[0]), &groups)); // C4
+        }
+        let (stride, dilation) = (stride.each("stride", 1)?, dilation.each::<N>("dilation", 1)?);
+        let padding = match padding {
+            Padding::Numbers(numbers) => numbers.each::<N>("padding", 0)?.map(|padding| (padding, padding)),
+            Padding::Word(PaddingWord::Valid) => [(0, 0); N],
+            Padding::Word(PaddingWord::Same) => {
+                if stride != [1; N] {
+                    return Err(setting("padding", "numbers, as \"same\" needs stride 1".into(), &"same")); // C4
+                }
+                std::array::from_fn(|axis| {
+                    let total = dilation[axis] * (kernel_size[axis] - 1);
+                    (total / 2, total - total / 2)
+                })
+            }
+        };
+        let (in_channels, out_channels) = (weight[1] * groups, weight[0]);
+        Ok(Self { in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode })
+    }
+
+    fn units(&self) -> usize {
+        self.out_channels
+    }
+    fn fan_in(&self) -> usize {
+        self.in_channels / self.groups * self.kernel_size.iter().product::<usize>()
+    }
+    fn groups(&self) -> usize {
+        self.groups
+    }
+    fn weight_shape(&self) -> Vec<usize> {
+        [self.out_channels, self.in_channels / self.groups].into_iter().chain(self.kernel_size).collect()
+    }
+    fn lora_shapes(&self, rank: usize) -> [Vec<usize>; 2] {
+        let a = [rank, self.in_channels / self.groups].into_iter().chain(self.kernel_size).collect();
+        let b = [self.out_channels, rank / self.groups].into_iter().chain([1; N]).collect();
+        [a, b]
+    }
+    fn foreign_lora_a(&self, shape: &[usize]) -> Option<String> {
+        let theirs: Vec<usize> = [self.in_channels].into_iter().chain(self.kernel_size).collect();
+        (self.groups > 1 && shape.get(1..) == Some(&theirs)).then(|| {
+            format!(
+                "expected shape [rank, {}, kernel...], found {shape:?}: PEFT's layout for groups, in which A sees every input channel, \
+                 so that B A has not the shape of the weight and cannot be merged",
+                self.in_channels / self.groups
+            )
+        })
+    }
+    fn weight_matrix<'w, E>(&self, weight: ArrayViewD<'w, E>) -> ArrayView2<'w, E> {
+        let (units, fan_in) = (self.out_channels, self.fan_in());
+        weight.into_shape_with_order((units, fan_in)).expect("a weight checked by its shape")
+    }
+    fn stored_weight<E: Clone>(&self, matrix: Array2<E>) -> ArrayD<E> {
+        let matrix = matrix.as_standard_layout().into_owned();
+        matrix.into_shape_with_order(self.weight_shape()).expect("as many as the weight has")
+    }
+    fn unit_axis(&self, output_ndim: usize) -> usize {
+        output_ndim - 1 - N
+    }
+
+    fn output_shape<T: Scalar>(&self, x: &Self::Input<'_, T>) -> Result<Vec<usize>> {
+        let mut shape = x.shape().to_vec();
+        let channels = shape.len().checked_sub(N + 1).filter(|&axis| axis <= 1);
+        let Some(channels) = channels.filter(|&axis| shape[axis] == self.in_channels) else {
+            let expected = format!("[batch, {}, {}] or without the batch", self.in_channels, ["size"; N].join(", "));
+            return Err(Error::Shape { tensor: "x".into(), expected, found: shape }); // C1
+        };
+        let axes = self.axes(&shape[channels + 1..])?;
+        shape[channels] = self.out_channels;
+        for (size, axis) in shape[channels + 1..].iter_mut().zip(axes) {
+            *size = axis.output(); // E42
+        }
+        Ok(shape)
+    }
+
+    fn apply<T: Scalar>(&self, x: &Self::Input<'_, T>, weights: &[ArrayView2<'_, T>]) -> Vec<Array3<T>> {
+        let windows = self.windows(x.shape());
+        let (images, positions) = (self.images(x), windows.positions());
+        let zeros = |weight: &ArrayView2<'_, T>| Array3::zeros((images.len_of(Axis(0)), weight.nrows(), positions));
+        let mut outputs: Vec<Array3<T>> = weights.iter().map(zeros).collect();
+
+        // One task a tile of an image: its part of every output.
+        let mut tasks: Vec<(usize, usize, Vec<ArrayViewMut2<'_, T>>)> = Vec::new();
+        for output in &mut outputs {
+            let mut task = 0;
+            for (image, output) in output.outer_iter_mut().enumerate() {
+                for (tile, output) in output.into_axis_chunks_iter_mut(Axis(1), TILE).enumerate() {
+                    if task == tasks.len() {
+                        tasks.push((image, tile * TILE, Vec::new()));
+                    }
+                    tasks[task].2.push(output);
+                    task += 1;
+                }
+            }
+        }
+        tasks.into_par_iter().for_each(|(image, start, mut outputs)| {
+            let image = images.index_axis(Axis(0), image);
+            let length = outputs.first().map_or(0, |output| output.ncols());
+            let mut columns = Array2::zeros((self.fan_in(), length));
+            for q in 0..self.groups {
+                let channels = group_slice(q, self.groups, self.in_channels);
+                windows.unfold(image.slice_axis(Axis(0), channels), start, columns.view_mut());
+                for (weight, output) in weights.iter().zip(&mut outputs) {
+                    let units = group_slice(q, self.groups, weight.nrows());
+                    let weight = weight.slice_axis(Axis(0), units);
+                    let output = output.slice_axis_mut(Axis(0), units);
+                    product_into_on_this_thread(T::one(), weight, columns.view(), Accumulate::Replace, output); // E46
+                }
+            }
+        });
+        outputs
+    }
+
+    fn adjoint_input<T: Scalar>(
+        &self,
+        x: &Self::Input<'_, T>,
+        pairs: &[(ArrayView3<'_, T>, ArrayView2<'_, T>)],
+    ) -> Option<ArrayD<T>> {
+        let windows = self.windows(x.shape());
+        let images = self.images(x).len_of(Axis(0));
+        let per_group = self.in_channels / self.groups;
+        let mut dx = Array3::zeros((images, self.in_channels, windows.inputs()));
+
+        // One task a block of channels of an image, within a group: no two tasks fold into the same element.
+        let mut tasks: Vec<(usize, usize, Range<usize>, ArrayViewMut2<'_, T>)> = Vec::new();
+        for (image, dx) in dx.outer_iter_mut().enumerate() {
+            for (q, dx) in dx.into_axis_chunks_iter_mut(Axis(0), per_group).enumerate() {
+                for (block, dx) in dx.into_axis_chunks_iter_mut(Axis(0), CHANNELS).enumerate() {
+                    let first = block * CHANNELS;
+                    let columns = first * windows.kernel..(first + dx.nrows()) * windows.kernel;
+                    tasks.push((image, q, columns, dx));
+                }
+            }
+        }
+        tasks.into_par_iter().for_each(|(image, q, columns, mut dx)| {
+            for tile in tiles(windows.positions()) {
+                let mut gradient = Array2::zeros((columns.len(), tile.len()));
+                for (dy, weight) in pairs {
+                    let units = group_slice(q, self.groups, weight.nrows());
+                    let mut weight = weight.slice_axis(Axis(0), units);
+                    weight.slice_axis_inplace(Axis(1), Slice::from(columns.clone()));
+                    let mut dy = dy.index_axis(Axis(0), image);
+                    dy.slice_axis_inplace(Axis(0), units);
+                    dy.slice_axis_inplace(Axis(1), Slice::from(tile.clone()));
+                    product_into_on_this_thread(T::one(), weight.t(), dy, Accumulate::Add, gradient.view_mut()); // E47
+                }
+                windows.fold(gradient.view(), tile.start, dx.view_mut()); // E47
+            }
+        });
+        Some(dx.into_shape_with_order(x.shape()).expect("as many elements as x"))
+    }
+
+    fn adjoint_weight<T: Scalar>(&self, x: &Self::Input<'_, T>, dy: ArrayView3<'_, T>) -> Array2<T> {
+        let windows = self.windows(x.shape());
+        let images = self.images(x);
+        let units = dy.len_of(Axis(1));
+        let of_image = |(image, dy): (ArrayView2<'_, T>, ArrayView2<'_, T>)| {
+            let mut dw = Array2::zeros((units, self.fan_in()));
+            for tile in tiles(windows.positions()) {
+                let mut columns = Array2::zeros((self.fan_in(), tile.len()));
+                for q in 0..self.groups {
+                    let channels = group_slice(q, self.groups, self.in_channels);
+                    let units = group_slice(q, self.groups, units);
+                    windows.unfold(image.slice_axis(Axis(0), channels), tile.start, columns.view_mut());
+                    let mut dy = dy.slice_axis(Axis(0), units);
+                    dy.slice_axis_inplace(Axis(1), Slice::from(tile.clone()));
+                    let dw = dw.slice_axis_mut(Axis(0), units);
+                    product_into_on_this_thread(T::one(), dy, columns.t(), Accumulate::Add, dw); // E48
+                }
+            }
+            dw
+        };
+        // One partial sum an image, added up in order: the number of threads changes nothing.
+        let pairs = images.axis_iter(Axis(0)).into_par_iter().zip(dy.axis_iter(Axis(0)));
+        let partial: Vec<Array2<T>> = pairs.map(of_image).collect();
+        partial.iter().fold(Array2::zeros((units, self.fan_in())), |sum, part| sum + part)
+    }
+
+    fn terms<T: Scalar>(&self, x: &Self::Input<'_, T>, mut visit: impl FnMut(Term)) {
+        let windows = self.windows(x.shape());
+        let (positions, inputs) = (windows.positions(), windows.inputs());
+        let per_group = (self.in_channels / self.groups, self.out_channels / self.groups);
+        let images = if x.ndim() == N + 2 { x.shape()[0] } else { 1 };
+        for image in 0..images {
+            for unit in 0..self.out_channels {
+                let (output, group) = ((image * self.out_channels + unit) * positions, unit / per_group.1);
+                for channel in 0..per_group.0 {
+                    let input = (image * self.in_channels + group * per_group.0 + channel) * inputs;
+                    for k in 0..windows.kernel {
+                        let column = channel * windows.kernel + k;
+                        windows.pairs(k, |p, i| {
+                            visit(Term { output: output + p, unit, column, input: Some(input + i), factor: 1.0 }); // E46
+                        });
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! Unfold and fold (im2col and col2im), one tile of output positions at a time. SPEC.md, section 3.4.
+//!
+//! Where each kernel offset reads is looked up in a table for every axis, so that stride, dilation and every
+//! padding mode are one piece of code.
+
+use crate::Scalar;
+use ndarray::{ArrayView2, ArrayViewMut2, Axis};
+use std::ops::Range;
+
+/// Output positions in a tile: a tile of columns stays within the cache of a core.
+pub(super) const TILE: usize = 512;
+
+/// How positions outside the input are filled. PyTorch's words.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PaddingMode {
+    /// With 0.
+    #[default]
+    Zeros,
+    /// Mirrored, without repeating the border.
+    Reflect,
+    /// With the border.
+    Replicate,
+    /// From the other end.
+    Circular,
+}
+
+/// What one axis of a convolution is, in numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Geometry {
+    pub size: usize,
+    pub kernel: usize,
+    pub stride: usize,
+    pub dilation: usize,
+    /// Padding before the first element.
+    pub before: usize,
+    /// Padding after the last element.
+    pub after: usize,
+    pub mode: PaddingMode,
+}
+
+impl Geometry {
+    /// The number of output positions: PyTorch's formula; 0 where the kernel does not fit. E42
+    pub fn output(&self) -> usize {
+        let padded = self.size + self.before + self.after;
+        let reach = self.dilation * (self.kernel - 1) + 1;
+        if padded < reach { 0 } else { (padded - reach) / self.stride + 1 } // E42
+    }
+
+    /// The input position that kernel offset k reads for output p; `None` for a zero. E43
+    pub fn source(&self, p: usize, k: usize) -> Option<usize> {
+        let position = (p * self.stride + k * self.dilation) as isize - self.before as isize;
+        let size = self.size as isize;
+        if (0..size).contains(&position) {
+            return Some(position as usize);
+        }
+        let inside = match self.mode {
+            PaddingMode::Zeros => return None,
+            PaddingMode::Reflect if position < 0 => -position,
+            PaddingMode::Reflect => 2 * (size - 1) - position,
+            PaddingMode::Replicate => position.clamp(0, size - 1),
+            PaddingMode::Circular => position.rem_euclid(size),
+        };
+        Some(inside as usize) // E43
+    }
+}
+
+impl Geometry {
+    /// The output positions for which kernel offset k reads neighbours inside the input.
+    fn neighbours(&self, k: usize) -> Range<usize> {
+        if self.stride != 1 {
+            return 0..0;
+        }
+        let shift = k * self.dilation;
+        let start = self.before.saturating_sub(shift).min(self.output());
+        let end = (self.size + self.before).saturating_sub(shift).clamp(start, self.output());
+        start..end
+    }
+}
+
+/// A run of output positions along the last axis, for one kernel position.
+struct Run<'a> {
+    /// Its first column.
+    at: usize,
+    /// Where its line of the input begins; `None` where the whole line lies in the zeros.
+    line: Option<usize>,
+    /// The source of each column along the line, or `NOWHERE`.
+    sources: &'a [usize],
+    /// The columns whose sources are neighbours: copied as a slice.
+    neighbours: Range<usize>,
+}
+
+/// Where every column of the weight reads for every output position: the index maps of one input.
+pub(super) struct Windows<const N: usize> {
+    axes: [Geometry; N],
+    /// For each axis, `[kernel, output]`: the source, or `NOWHERE`.
+    sources: [Vec<usize>; N],
+    /// For each kernel offset along the last axis, the output positions whose sources are neighbours.
+    neighbours: Vec<Range<usize>>,
+    /// The output's extent along each axis.
+    pub output: [usize; N],
+    /// Kernel positions: the product of the kernel's extents.
+    pub kernel: usize,
+}
+
+const NOWHERE: usize = usize::MAX;
+
+impl<const N: usize> Windows<N> {
+    pub fn new(axes: [Geometry; N]) -> Self {
+        let sources = axes.map(|axis| {
+            let positions = (0..axis.kernel).flat_map(|k| (0..axis.output()).map(move |p| (p, k)));
+            positions.map(|(p, k)| axis.source(p, k).unwrap_or(NOWHERE)).collect()
+        });
+        let last = axes[N - 1];
+        let neighbours = (0..last.kernel).map(|k| last.neighbours(k)).collect();
+        Self {
+            axes,
+            sources,
+            neighbours,
+            output: axes.map(|axis| axis.output()),
+            kernel: axes.iter().map(|axis| axis.kernel).product(),
+        }
+    }
+
+    /// Output positions of one image.
+    pub fn positions(&self) -> usize {
+        self.output.iter().product()
+    }
+
+    /// Input positions of one channel.
+    pub fn inputs(&self) -> usize {
+        self.axes.iter().map(|axis| axis.size).product()
+    }
+
+    /// Visits what kernel position `k` (row-major) reads for `length` output positions from `start` on.
+    fn runs(&self, k: usize, start: usize, length: usize, mut visit: impl FnMut(Run<'_>)) {
+        let last = N - 1;
+        let mut offsets = [0; N];
+        let mut rest = k;
+        for axis in (0..N).rev() {
+            (offsets[axis], rest) = (rest % self.axes[axis].kernel, rest / self.axes[axis].kernel);
+        }
+        let extent = self.output[last];
+        let neighbours = &self.neighbours[offsets[last]];
+        let mut at = 0;
+        while at < length {
+            let position = start + at;
+            let (mut outer, from) = (position / extent, position % extent);
+            let run = (extent - from).min(length - at);
+            let (mut line, mut stride) = (Some(0), self.axes[last].size);
+            for axis in (0..last).rev() {
+                let source = self.sources[axis][offsets[axis] * self.output[axis] + outer % self.output[axis]];
+                outer /= self.output[axis];
+                line = line.filter(|_| source != NOWHERE).map(|line| line + source * stride);
+                stride *= self.axes[axis].size;
+            }
+            let sources = &self.sources[last][offsets[last] * extent + from..][..run];
+            let clamp = |p: usize| p.clamp(from, from + run) - from;
+            visit(Run { at, line, sources, neighbours: clamp(neighbours.start)..clamp(neighbours.end) });
+            at += run;
+        }
+    }
+
+    /// `columns[c k, p] = x[c, source(p, k)]` for the output positions `start..`, as many as there are columns.
+    ///
+    /// x `[channels, inputs]`, columns `[channels * kernel, positions]`, both in standard layout. E44
+    pub fn unfold<T: Scalar>(&self, x: ArrayView2<'_, T>, start: usize, mut columns: ArrayViewMut2<'_, T>) {
+        let length = columns.ncols();
+        for (row, mut column) in columns.axis_iter_mut(Axis(0)).enumerate() {
+            let x = x.index_axis(Axis(0), row / self.kernel);
+            let x = x.as_slice().expect("standard layout");
+            let column = column.as_slice_mut().expect("standard layout");
+            self.runs(row % self.kernel, start, length, |Run { at, line, sources, neighbours }| {
+                let into = &mut column[at..at + sources.len()];
+                let Some(line) = line else { return into.fill(T::zero()) };
+                if !neighbours.is_empty() {
+                    let from = line + sources[neighbours.start];
+                    into[neighbours.clone()].copy_from_slice(&x[from..from + neighbours.len()]); // E44
+                }
+                for i in (0..neighbours.start).chain(neighbours.end..sources.len()) {
+                    into[i] = if sources[i] == NOWHERE { T::zero() } else { x[line + sources[i]] }; // E44
+                }
+            });
+        }
+    }
+
+    /// The adjoint of unfold: `x[c, source(p, k)] += columns[c k, p]`. E45
+    pub fn fold<T: Scalar>(&self, columns: ArrayView2<'_, T>, start: usize, mut x: ArrayViewMut2<'_, T>) {
+        let length = columns.ncols();
+        for (row, column) in columns.axis_iter(Axis(0)).enumerate() {
+            let mut x = x.index_axis_mut(Axis(0), row / self.kernel);
+            let x = x.as_slice_mut().expect("standard layout");
+            let column = column.to_slice().expect("standard layout");
+            self.runs(row % self.kernel, start, length, |Run { at, line, sources, neighbours }| {
+                let Some(line) = line else { return };
+                let column = &column[at..at + sources.len()];
+                if !neighbours.is_empty() {
+                    let from = line + sources[neighbours.start];
+                    let into = &mut x[from..from + neighbours.len()];
+                    into.iter_mut().zip(&column[neighbours.clone()]).for_each(|(x, &column)| *x += column); // E45
+                }
+                for i in (0..neighbours.start).chain(neighbours.end..sources.len()) {
+                    if sources[i] != NOWHERE {
+                        x[line + sources[i]] += column[i]; // E45
+                    }
+                }
+            });
+        }
+    }
+
+    /// Every pair of output position and input position that kernel position `k` joins, by the definition.
+    pub fn pairs(&self, k: usize, mut visit: impl FnMut(usize, usize)) {
+        for p in 0..self.positions() {
+            let (mut rest_p, mut rest_k, mut stride, mut input) = (p, k, 1, Some(0));
+            for axis in (0..N).rev() {
+                let geometry = &self.axes[axis];
+                let source = geometry.source(rest_p % self.output[axis], rest_k % geometry.kernel);
+                input = input.zip(source).map(|(input, source)| input + source * stride);
+                stride *= geometry.size;
+                rest_p /= self.output[axis];
+                rest_k /= geometry.kernel;
+            }
+            if let Some(input) = input {
+                visit(p, input);
+            }
+        }
+    }
+}

@@ -1,0 +1,280 @@
+//! Operators as linear maps: against their terms, against their adjoints, and over random geometry.
+
+use ndarray::{Array2, Array3, ArrayD, Axis, CowArray, IxDyn};
+use proptest::prelude::*;
+use rand::{RngExt, SeedableRng};
+use rand_pcg::Pcg64;
+use woracle::operators::{Conv, Conv1d, Conv2d, ConvSettings, Embedding, EmbeddingSettings, Extents, Ids, Operator};
+use woracle::operators::{Padding, PaddingMode, PaddingWord};
+
+fn random(shape: &[usize], rng: &mut Pcg64) -> ArrayD<f64> {
+    ArrayD::from_shape_simple_fn(shape, || rng.random_range(-1.0..1.0))
+}
+
+fn inner(a: &ArrayD<f64>, b: &ArrayD<f64>) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// PyTorch's formula for the size of the output along one axis.
+fn pytorch_size(size: usize, padding: usize, dilation: usize, kernel: usize, stride: usize) -> usize {
+    let reach = dilation * (kernel - 1) + 1;
+    if size + 2 * padding < reach { 0 } else { (size + 2 * padding - reach) / stride + 1 }
+}
+
+/// A padded copy of x, made element by element as PyTorch's documentation describes the modes.
+fn padded(x: &ArrayD<f64>, padding: &[(usize, usize)], mode: PaddingMode) -> ArrayD<f64> {
+    let mut out = x.clone();
+    for (axis, &(before, after)) in padding.iter().enumerate() {
+        let axis = Axis(axis + 2);
+        let size = out.len_of(axis) as isize;
+        let slices: Vec<ArrayD<f64>> = (-(before as isize)..size + after as isize)
+            .map(|t| {
+                let source = match mode {
+                    _ if (0..size).contains(&t) => Some(t),
+                    PaddingMode::Zeros => None,
+                    PaddingMode::Reflect => Some(if t < 0 { -t } else { 2 * size - 2 - t }),
+                    PaddingMode::Replicate => Some(if t < 0 { 0 } else { size - 1 }),
+                    PaddingMode::Circular => Some((t + size) % size),
+                };
+                let slice = out.index_axis(axis, source.unwrap_or(0) as usize).to_owned();
+                source.map_or_else(|| ArrayD::zeros(slice.raw_dim()), |_| slice.clone())
+            })
+            .collect();
+        let views: Vec<_> = slices.iter().map(|slice| slice.view()).collect();
+        out = ndarray::stack(axis, &views).expect("slices of one shape");
+    }
+    out
+}
+
+/// Seven loops over a padded copy: image, unit, channel, output row and column, kernel row and column.
+fn naive_conv2d(
+    x: &ArrayD<f64>,
+    weight: &ArrayD<f64>,
+    stride: [usize; 2],
+    dilation: [usize; 2],
+    groups: usize,
+) -> ArrayD<f64> {
+    let size =
+        |axis: usize| pytorch_size(x.shape()[axis + 2], 0, dilation[axis], weight.shape()[axis + 2], stride[axis]);
+    let (units, per_group) = (weight.shape()[0], weight.shape()[1]);
+    let mut y = ArrayD::zeros(IxDyn(&[x.shape()[0], units, size(0), size(1)]));
+    for n in 0..x.shape()[0] {
+        for u in 0..units {
+            for c in 0..per_group {
+                for i in 0..size(0) {
+                    for j in 0..size(1) {
+                        for k in 0..weight.shape()[2] {
+                            for l in 0..weight.shape()[3] {
+                                let channel = u / (units / groups) * per_group + c;
+                                let at = [n, channel, i * stride[0] + k * dilation[0], j * stride[1] + l * dilation[1]];
+                                y[[n, u, i, j]] += weight[[u, c, k, l]] * x[at.as_slice()];
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    y
+}
+
+fn mode() -> impl Strategy<Value = PaddingMode> {
+    prop::sample::select(vec![PaddingMode::Zeros, PaddingMode::Reflect, PaddingMode::Replicate, PaddingMode::Circular])
+}
+
+fn apply<const N: usize>(conv: &Conv<N>, x: &ArrayD<f64>, weight: &ArrayD<f64>) -> ArrayD<f64> {
+    let input: CowArray<'_, f64, IxDyn> = x.view().into();
+    let shape = conv.output_shape(&input).expect("a shape");
+    let y = conv.apply(&input, &[conv.weight_matrix(weight.view())]).swap_remove(0);
+    y.into_shape_with_order(shape).expect("as many as the shape says")
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_convolution_is_seven_loops_over_a_padded_copy(
+        (images, groups, per_group, units) in (1usize..3, 1usize..4, 1usize..3, 1usize..3),
+        size in [1usize..9, 1usize..30], kernel in [1usize..4, 1usize..5],
+        stride in [1usize..4, 1usize..4], dilation in [1usize..3, 1usize..3], padding in [0usize..5, 0usize..5],
+        mode in mode(), seed in any::<u64>(),
+    ) {
+        let fits = (0..2).all(|axis| pytorch_size(size[axis], padding[axis], dilation[axis], kernel[axis], stride[axis]) > 0);
+        let narrow = (0..2).all(|axis| match mode {
+            PaddingMode::Reflect => padding[axis] < size[axis],
+            PaddingMode::Circular => padding[axis] <= size[axis],
+            _ => true,
+        });
+        let settings = ConvSettings {
+            stride: Extents::Each(stride.to_vec()),
+            padding: Padding::Numbers(Extents::Each(padding.to_vec())),
+            dilation: Extents::Each(dilation.to_vec()),
+            groups,
+            padding_mode: mode,
+        };
+        let rng = &mut Pcg64::seed_from_u64(seed);
+        let weight = random(&[units * groups, per_group, kernel[0], kernel[1]], rng);
+        let x = random(&[images, per_group * groups, size[0], size[1]], rng);
+        let conv = Conv2d::from_weight_shape(settings, weight.shape()).expect("a convolution");
+        let input: CowArray<'_, f64, IxDyn> = x.view().into();
+        let shape = conv.output_shape(&input);
+        prop_assert_eq!(shape.is_ok(), fits && narrow);
+        if let Ok(shape) = shape {
+            for axis in 0..2 {
+                let expected = pytorch_size(size[axis], padding[axis], dilation[axis], kernel[axis], stride[axis]);
+                prop_assert_eq!(shape[axis + 2], expected);
+            }
+            let y = apply(&conv, &x, &weight);
+            let around = [(padding[0], padding[0]), (padding[1], padding[1])];
+            let naive = naive_conv2d(&padded(&x, &around, mode), &weight, stride, dilation, groups);
+            prop_assert_eq!(y.shape(), naive.shape());
+            prop_assert!(y.iter().zip(&naive).all(|(a, b)| (a - b).abs() < 1e-13));
+
+            // Linear in x, in W and, being adjoints, in dy: <dy, op(x, W)> three ways.
+            let dy = random(y.shape(), rng);
+            let dy3 = dy.view().into_shape_with_order((images, units * groups, shape[2] * shape[3])).unwrap();
+            let matrix = conv.weight_matrix(weight.view());
+            let dx = conv.adjoint_input(&input, &[(dy3, matrix)]).expect("values");
+            let dw = conv.adjoint_weight(&input, dy3);
+            let value = inner(&dy, &y);
+            prop_assert!((value - inner(&dx, &x)).abs() < 1e-11);
+            prop_assert!((value - inner(&dw.into_dyn(), &matrix.to_owned().into_dyn())).abs() < 1e-11);
+            let (other, other_dy) = (random(x.shape(), rng), random(y.shape(), rng));
+            let sum = apply(&conv, &(&x * 2.0 - &other), &weight);
+            let parts = y * 2.0 - apply(&conv, &other, &weight);
+            prop_assert!(sum.iter().zip(&parts).all(|(a, b)| (a - b).abs() < 1e-12));
+            let back = |dy: &ArrayD<f64>| {
+                let dy3 = dy.view().into_shape_with_order(dy3.dim()).unwrap();
+                conv.adjoint_input(&input, &[(dy3, matrix)]).expect("values")
+            };
+            let parts = back(&dy) * 2.0 - back(&other_dy);
+            let sum = back(&(&dy * 2.0 - &other_dy));
+            prop_assert!(sum.iter().zip(&parts).all(|(a, b)| (a - b).abs() < 1e-12));
+        }
+    }
+
+    /// A weight that is the identity makes y the unfolded input, and the adjoint to x the fold.
+    #[test]
+    fn fold_is_the_adjoint_of_unfold(
+        (channels, size, kernel) in (1usize..4, 1usize..700, 1usize..6),
+        (stride, dilation, padding) in (1usize..4, 1usize..4, 0usize..8),
+        mode in mode(), seed in any::<u64>(),
+    ) {
+        let settings = ConvSettings {
+            stride: Extents::All(stride),
+            padding: Padding::Numbers(Extents::All(padding)),
+            dilation: Extents::All(dilation),
+            groups: 1,
+            padding_mode: mode,
+        };
+        let fan_in = channels * kernel;
+        let conv = Conv1d::from_weight_shape(settings, &[fan_in, channels, kernel]).expect("a convolution");
+        let rng = &mut Pcg64::seed_from_u64(seed);
+        let x = random(&[1, channels, size], rng);
+        let input: CowArray<'_, f64, IxDyn> = x.view().into();
+        prop_assume!(conv.output_shape(&input).is_ok());
+        let identity = Array2::eye(fan_in);
+        let columns = conv.apply(&input, &[identity.view()]).swap_remove(0);
+        let c: Array3<f64> = random(columns.shape(), rng).into_dimensionality().unwrap();
+        let folded = conv.adjoint_input(&input, &[(c.view(), identity.view())]).expect("values");
+        let (left, right) = (inner(&columns.clone().into_dyn(), &c.into_dyn()), inner(&x, &folded));
+        prop_assert!((left - right).abs() < 1e-11 * (1.0 + left.abs()), "{} {}", left, right);
+        // Each column entry is what E43 says it reads.
+        let source = padded(&x, &[(padding, padding)], mode);
+        for ((_, row, p), &column) in columns.indexed_iter() {
+            prop_assert_eq!(column, source[[0, row / kernel, p * stride + row % kernel * dilation]]);
+        }
+    }
+
+    #[test]
+    fn an_embedding_scatters_what_it_looks_up(
+        ids in prop::collection::vec(0i64..9, 0..40), dim in 1usize..6, scale in -2.0..2.0, seed in any::<u64>(),
+    ) {
+        let embedding = Embedding { embed_scale: scale, ..Embedding::new(9, dim) };
+        let rng = &mut Pcg64::seed_from_u64(seed);
+        let table = random(&[9, dim], rng);
+        let ids = Ids::new(&ndarray::Array1::from(ids).into_dyn());
+        let y = embedding.apply(&ids, &[embedding.weight_matrix(table.view())]).swap_remove(0);
+        let dy: Array3<f64> = random(y.shape(), rng).into_dimensionality().unwrap();
+        let dw = embedding.stored_weight(embedding.adjoint_weight(&ids, dy.view()));
+        prop_assert!((inner(&y.into_dyn(), &dy.into_dyn()) - inner(&table, &dw)).abs() < 1e-12);
+    }
+}
+
+#[test]
+fn same_padding_keeps_the_size_for_even_kernels_too() {
+    for kernel in 1..6 {
+        for dilation in 1..4 {
+            let settings = ConvSettings {
+                padding: Padding::Word(PaddingWord::Same),
+                dilation: Extents::All(dilation),
+                ..ConvSettings::default()
+            };
+            let conv = Conv1d::from_weight_shape(settings, &[2, 3, kernel]).expect("a convolution");
+            let x: CowArray<'_, f64, IxDyn> = ArrayD::zeros(IxDyn(&[1, 3, 11])).into();
+            assert_eq!(conv.output_shape(&x).expect("a shape"), [1, 2, 11]);
+            let total = dilation * (kernel - 1);
+            assert_eq!(conv.padding[0], (total / 2, total - total / 2));
+        }
+    }
+}
+
+#[test]
+fn geometry_that_cannot_be_says_which_number_is_wrong() {
+    fn conv(json: &str, weight: &[usize], x: &[usize]) -> String {
+        let settings: ConvSettings = serde_json::from_str(json).expect("JSON");
+        let conv = match Conv2d::from_weight_shape(settings, weight) {
+            Ok(conv) => conv,
+            Err(error) => return error.to_string(),
+        };
+        let x: CowArray<'_, f64, IxDyn> = ArrayD::zeros(IxDyn(x)).into();
+        conv.output_shape(&x).map_or_else(|error| error.to_string(), |shape| format!("{shape:?}"))
+    }
+    let weight = &[4, 2, 3, 3];
+    for (json, x, fragments) in [
+        ("{}", &[1, 2, 5, 5][..], &["[1, 4, 3, 3]"][..]),
+        ("{}", &[2, 5, 5], &["[4, 3, 3]"]),
+        ("{}", &[1, 3, 5, 5], &["x: expected shape [batch, 2, size, size]", "found [1, 3, 5, 5]"]),
+        ("{}", &[5, 5], &["x: expected shape"]),
+        ("{}", &[1, 2, 5, 2], &["x: expected", "axis 1 of at least 3", "found [2]"]),
+        (r#"{"dilation":3}"#, &[1, 2, 5, 9], &["axis 0 of at least 7 for kernel 3 with dilation 3", "found [5]"]),
+        (
+            r#"{"padding":5,"padding_mode":"reflect"}"#,
+            &[1, 2, 5, 6],
+            &["padding: expected", "less than", "size 5", "found 5"],
+        ),
+        (
+            r#"{"padding":6,"padding_mode":"circular"}"#,
+            &[1, 2, 5, 6],
+            &["padding: expected", "at most", "size 5", "found 6"],
+        ),
+        (r#"{"stride":0}"#, &[1, 2, 5, 5], &["stride: expected numbers of 1 or more", "found [0, 0]"]),
+        (r#"{"stride":[1,2,3]}"#, &[1, 2, 5, 5], &["stride: expected 2 numbers", "found [1, 2, 3]"]),
+        (r#"{"groups":3}"#, &[1, 6, 5, 5], &["groups: expected a divisor of the 4 output channels", "found 3"]),
+        (r#"{"groups":0}"#, &[1, 2, 5, 5], &["groups: expected a divisor", "found 0"]),
+        (r#"{"padding":"same","stride":2}"#, &[1, 2, 5, 5], &["padding: expected numbers", "stride 1"]),
+        (r#"{"dilation":9999999999999}"#, &[1, 2, 5, 5], &["dilation: expected numbers up to"]),
+    ] {
+        let message = conv(json, weight, x);
+        assert!(fragments.iter().all(|fragment| message.contains(fragment)), "{json} {x:?}: {message}");
+    }
+    let message = conv("{}", &[4, 2, 3], &[1, 2, 5, 5]);
+    assert!(message.contains("base.weight: expected shape [out, in / groups, kernel, kernel]"), "{message}");
+}
+
+#[test]
+fn an_embedding_refuses_what_it_cannot_look_up() {
+    let embedding = Embedding::new(5, 2);
+    for (ids, fragments) in [
+        (ndarray::array![[0, 4], [5, 1]], "x[1, 0]: expected an id from 0 to 4, found 5"),
+        (ndarray::array![[0, -1], [2, 1]], "x[0, 1]: expected an id from 0 to 4, found -1"),
+    ] {
+        let message = embedding.output_shape::<f64>(&Ids::new(&ids.into_dyn())).expect_err("refused").to_string();
+        assert_eq!(message, fragments);
+    }
+    let refused = |settings| Embedding::from_weight_shape(settings, &[5, 2]).expect_err("refused").to_string();
+    let message = refused(EmbeddingSettings { max_norm: Some(1.0), ..Default::default() });
+    assert!(message.starts_with("setting max_norm: expected none (") && message.ends_with("found 1"), "{message}");
+    let message = refused(EmbeddingSettings { padding_idx: Some(5), ..Default::default() });
+    assert_eq!(message, "setting padding_idx: expected an id below 5, found 5");
+}
