@@ -8,9 +8,11 @@
 
 use crate::case::{Case, Tensor, Tensors};
 use crate::cases::{CONV1D, CONV2D, CONV3D, EMBEDDING, LINEAR, Spec, draw};
+use crate::error::check_shape;
 use crate::operators::{Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operator};
 use crate::wora::{
     Adapter, Base, Config, Definition, Evaluation, Gradients, Layer, Method, NormGradient, RequiresGrad, SCALE_NAMES,
+    check_mask,
 };
 use crate::{Error, Real, Result, Rounded, Scalar};
 use ndarray::{Array1, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Axis, Zip};
@@ -178,7 +180,9 @@ impl<O: Operator> Adapted<O> {
         let Parts { layer, x, mask, dy } = Self::parts::<f64>(case)?;
         let (base, adapter) = (layer.base(), layer.adapter());
         let up = |values: ArrayViewD<'_, f64>| values.mapv(&lift);
-        layer.operator().output_shape(&x)?;
+        let output_shape = layer.operator().output_shape(&x)?;
+        mask.as_ref().map_or(Ok(()), |mask| check_mask(&x, mask.shape()))?;
+        dy.as_ref().map_or(Ok(()), |dy| check_shape("grad.y", &output_shape, dy.shape()))?; // C1
         let definition = Definition {
             operator: layer.operator(),
             config: layer.config(),

@@ -7,9 +7,10 @@ use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 use woracle::case::{Case, Tensors};
 use woracle::cases::{LINEAR, Spec};
+use woracle::matmul::PARALLEL_FLOPS;
 use woracle::operators::Linear;
 use woracle::registry::{LAYERS, Precision, RoundTrip, Subject, layer};
-use woracle::wora::{Adapter, Base, Config, Layer, LoraInit, Method, RequiresGrad, ZeroNorm, scaling};
+use woracle::wora::{Adapter, Base, CANCELLATION, Config, Layer, LoraInit, Method, RequiresGrad, ZeroNorm, scaling};
 use woracle::{Error, NormAxis, NormGradient, Scalar};
 
 const OPERATOR: Linear = Linear { in_features: 7, out_features: 5, fan_in_fan_out: false };
@@ -557,4 +558,33 @@ fn a_case_is_drawn_the_same_for_the_same_seed_and_differs_for_another() {
     assert_ne!(draw(spec, 1).tensors["lora_A"], draw(&Spec { name: "linear-other", ..*spec }, 1).tensors["lora_A"]);
     let shape = draw(spec, 1).values("x").expect("x").raw_dim();
     assert_eq!(shape.slice(), spec.x);
+}
+
+#[test]
+fn the_cancelling_cases_cancel_in_every_row_and_the_large_ones_enough_for_threads() {
+    for (layer, spec, case) in every_case(0).filter(|(_, spec, _)| spec.name.contains("cancelling")) {
+        if spec.config.norm_axis == NormAxis::Input {
+            continue;
+        }
+        let matrix = |name: &str| {
+            let values = case.values(name).expect("a tensor");
+            let rows = values.shape()[0];
+            values.to_shape((rows, values.len() / rows)).expect("a matrix").into_owned()
+        };
+        let (weight, a, b) = match layer.name() {
+            "embedding" => {
+                (matrix("base.weight").reversed_axes(), matrix("lora_embedding_A"), matrix("lora_embedding_B"))
+            }
+            _ => (matrix("base.weight"), matrix("lora_A"), matrix("lora_B")),
+        };
+        let (alpha, beta) = spec.alpha_beta;
+        let (base, delta) = (weight * beta, b.dot(&a) * (alpha * spec.config.scaling));
+        for (base, delta) in base.rows().into_iter().zip(delta.rows()) {
+            let terms = [base.dot(&base), 2.0 * base.dot(&delta), delta.dot(&delta)];
+            let fraction = terms.iter().sum::<f64>() / terms.iter().map(|term| term.abs()).sum::<f64>();
+            assert!(fraction < 0.8 * CANCELLATION, "{}: {fraction}", spec.name);
+        }
+        let cost = 2 * base.len() * (spec.rank + 1);
+        assert_eq!(cost >= PARALLEL_FLOPS, spec.name.contains("large"), "{}: {cost}", spec.name);
+    }
 }

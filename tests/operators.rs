@@ -4,8 +4,10 @@ use ndarray::{Array2, Array3, ArrayD, Axis, CowArray, IxDyn};
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
+use woracle::case::{Case, Tensor};
 use woracle::operators::{Conv, Conv1d, Conv2d, ConvSettings, Embedding, EmbeddingSettings, Extents, Ids, Operator};
 use woracle::operators::{Padding, PaddingMode, PaddingWord};
+use woracle::registry::{Precision, layer};
 
 fn random(shape: &[usize], rng: &mut Pcg64) -> ArrayD<f64> {
     ArrayD::from_shape_simple_fn(shape, || rng.random_range(-1.0..1.0))
@@ -277,4 +279,77 @@ fn an_embedding_refuses_what_it_cannot_look_up() {
     assert!(message.starts_with("setting max_norm: expected none (") && message.ends_with("found 1"), "{message}");
     let message = refused(EmbeddingSettings { padding_idx: Some(5), ..Default::default() });
     assert_eq!(message, "setting padding_idx: expected an id below 5, found 5");
+}
+
+#[test]
+fn a_case_that_no_layer_can_run_names_the_tensor_and_the_reason() {
+    type Change = fn(&mut Case);
+    let values = |shape: &[usize]| Tensor::Float(ArrayD::ones(IxDyn(shape)));
+    let table: &[(&str, &str, Change, &[&str])] = &[
+        (
+            "conv2d",
+            "conv2d-groups-full",
+            |case| drop(case.tensors.insert("lora_A".into(), Tensor::Float(ArrayD::ones(IxDyn(&[4, 4, 3, 3]))))),
+            &["lora_A: expected shape [rank, 2, kernel...], found [4, 4, 3, 3]", "PEFT's layout for groups"],
+        ),
+        (
+            "conv2d",
+            "conv2d-groups-full",
+            |case| {
+                case.tensors.insert("lora_A".into(), Tensor::Float(ArrayD::ones(IxDyn(&[3, 2, 3, 3]))));
+            },
+            &["rank: expected a positive multiple of groups = 2, found 3"],
+        ),
+        (
+            "conv2d",
+            "conv2d-plain",
+            |case| drop(case.settings.insert("norm_axis".into(), "input".into())),
+            &["norm_axis: expected output (a column of a convolution's weight meets many elements", "found input"],
+        ),
+        (
+            "embedding",
+            "embedding-plain",
+            |case| drop(case.settings.insert("norm_axis".into(), "input".into())),
+            &["norm_axis: expected output (the columns of an embedding's weight are ids)"],
+        ),
+        (
+            "embedding",
+            "embedding-plain",
+            |case| drop(case.settings.insert("max_norm".into(), 1.0.into())),
+            &["max_norm: expected none (it rewrites rows of the table", "found 1"],
+        ),
+        (
+            "embedding",
+            "embedding-plain",
+            |case| drop(case.tensors.insert("dropout_mask".into(), Tensor::Float(ArrayD::ones(IxDyn(&[4, 3]))))),
+            &["dropout_mask: expected none: PEFT applies no dropout to ids"],
+        ),
+        (
+            "embedding",
+            "embedding-plain",
+            |case| drop(case.tensors.insert("x".into(), Tensor::Int(ArrayD::from_elem(IxDyn(&[4, 3]), 11)))),
+            &["x[0, 0]: expected an id from 0 to 10, found 11"],
+        ),
+        (
+            "conv1d",
+            "conv1d-plain",
+            |case| drop(case.settings.insert("padding_mode".into(), "mirror".into())),
+            &["padding_mode", "mirror", "reflect"],
+        ),
+    ];
+    for (name, spec, change, fragments) in table {
+        let layer = layer(name).expect("a layer");
+        let spec = layer.specs().iter().find(|candidate| candidate.name == *spec).expect("a case");
+        let mut case = layer.draw(spec, 1);
+        change(&mut case);
+        for result in [layer.evaluate(&case, Precision::F64), layer.define(&case)] {
+            let message = result.expect_err("refused").to_string();
+            assert!(fragments.iter().all(|fragment| message.contains(fragment)), "{}: {message}", spec.name);
+        }
+    }
+    let embedding = layer("embedding").expect("a layer");
+    let mut case = embedding.draw(&embedding.specs()[0], 1);
+    case.tensors.insert("x".into(), values(&[4, 3]));
+    let message = embedding.evaluate(&case, Precision::F64).expect_err("refused").to_string();
+    assert_eq!(message, "x: expected integer ids, found floating-point values");
 }

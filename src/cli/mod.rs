@@ -51,12 +51,14 @@ pub fn run() -> ExitCode {
     }
 }
 
-/// Says what is wrong on standard error, in one line even where a name from a file holds a line break.
+/// Says what is wrong on standard error, in one line.
 fn complain(error: &woracle::Error) {
-    let text = error.to_string();
-    let line: String =
-        text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect();
-    eprintln!("wora: {line}");
+    eprintln!("wora: {}", printable(&error.to_string()));
+}
+
+/// Text that may come from a file, without control characters: they could break a line or steer a terminal.
+fn printable(text: &str) -> String {
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
 /// Writes to standard output. A reader that has seen enough, as `head` does, is no error.

@@ -1,6 +1,6 @@
 //! `wora verify PATH...`: somebody's results, in case files, against the oracle's.
 
-use super::{Outcome, complain, print, table};
+use super::{Outcome, complain, print, printable, table};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -103,12 +103,12 @@ fn as_table(report: &Report) -> String {
     let mut table = table(&["case", "tensor", "max abs error", "max rel error", "at", "expected", "actual", "verdict"]);
     for case in &report.cases {
         if case.verdict == Verdict::Error {
-            table.add_row([case.name.as_str(), "", "", "", "", "", "", word(case.verdict)]);
+            table.add_row([printable(&case.name).as_str(), "", "", "", "", "", "", word(case.verdict)]);
         }
         for tensor in &case.tensors {
             table.add_row([
-                case.name.clone(),
-                tensor.name.clone(),
+                printable(&case.name),
+                printable(&tensor.name),
                 format!("{:.1e}", tensor.max_abs_error),
                 format!("{:.1e}", tensor.max_rel_error),
                 format!("{:?}", tensor.worst_index),

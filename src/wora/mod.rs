@@ -17,4 +17,5 @@ pub use definition::{Definition, Evaluation};
 pub use direction::{CANCELLATION, Direction};
 pub use layer::Layer;
 pub use merge::Merged;
+pub(crate) use passes::check_mask;
 pub use passes::{Cache, Gradients, RequiresGrad};

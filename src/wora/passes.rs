@@ -277,16 +277,22 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
     }
 }
 
+/// Fails unless an input takes a mask of this shape. C1
+pub(crate) fn check_mask<T>(x: &impl Input<T>, mask: &[usize]) -> Result<()> {
+    if x.values().is_none() {
+        let reason = "expected none: PEFT applies no dropout to ids".into();
+        return Err(Error::Unexpected { tensor: "dropout_mask".into(), reason }); // C1
+    }
+    check_shape("dropout_mask", x.shape(), mask) // C1
+}
+
 /// The mask, and the input under it.
 fn masked<'x, O: Operator, T: Scalar>(
     x: &O::Input<'x, T>,
     mask: ArrayViewD<'_, T>,
 ) -> Result<(ArrayD<T>, O::Input<'x, T>)> {
-    let Some(values) = x.values() else {
-        let reason = "expected none: PEFT applies no dropout to ids".into();
-        return Err(Error::Unexpected { tensor: "dropout_mask".into(), reason });
-    };
-    check_shape("dropout_mask", values.shape(), mask.shape())?; // C1
+    check_mask(x, mask.shape())?;
+    let values = x.values().expect("values");
     let masked = O::Input::from_values(&values * &mask).expect("values");
     Ok((mask.to_owned(), masked))
 }
