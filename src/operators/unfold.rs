@@ -66,6 +66,21 @@ impl Geometry {
 }
 
 impl Geometry {
+    /// The padded axis written out: the source of every padded position; `None` for a zero. The definition reads
+    /// this, so that it shares nothing with `source`. E43
+    fn padded(&self) -> Vec<Option<usize>> {
+        let Self { size, before, after, .. } = *self;
+        let (left, right): (Vec<_>, Vec<_>) = match self.mode {
+            PaddingMode::Zeros => (vec![None; before], vec![None; after]),
+            PaddingMode::Reflect => {
+                ((1..=before).rev().map(Some).collect(), (size - 1 - after..size - 1).rev().map(Some).collect())
+            }
+            PaddingMode::Replicate => (vec![Some(0); before], vec![Some(size - 1); after]),
+            PaddingMode::Circular => ((size - before..size).map(Some).collect(), (0..after).map(Some).collect()),
+        };
+        left.into_iter().chain((0..size).map(Some)).chain(right).collect() // E43
+    }
+
     /// The output positions for which kernel offset k reads neighbours inside the input.
     fn neighbours(&self, k: usize) -> Range<usize> {
         if self.stride != 1 {
@@ -95,6 +110,8 @@ pub(super) struct Windows<const N: usize> {
     axes: [Geometry; N],
     /// For each axis, `[kernel, output]`: the source, or `NOWHERE`.
     sources: [Vec<usize>; N],
+    /// For each axis, the padded axis written out.
+    padded: [Vec<Option<usize>>; N],
     /// For each kernel offset along the last axis, the output positions whose sources are neighbours.
     neighbours: Vec<Range<usize>>,
     /// The output's extent along each axis.
@@ -112,11 +129,13 @@ impl<const N: usize> Windows<N> {
             positions.map(|(p, k)| axis.source(p, k).unwrap_or(NOWHERE)).collect()
         });
         let last = axes[N - 1];
+        let padded = axes.map(|axis| axis.padded());
         let neighbours = (0..last.kernel).map(|k| last.neighbours(k)).collect();
         Self {
             axes,
             sources,
             neighbours,
+            padded,
             output: axes.map(|axis| axis.output()),
             kernel: axes.iter().map(|axis| axis.kernel).product(),
         }
@@ -214,7 +233,8 @@ impl<const N: usize> Windows<N> {
             let (mut rest_p, mut rest_k, mut stride, mut input) = (p, k, 1, Some(0));
             for axis in (0..N).rev() {
                 let geometry = &self.axes[axis];
-                let source = geometry.source(rest_p % self.output[axis], rest_k % geometry.kernel);
+                let (p, k) = (rest_p % self.output[axis], rest_k % geometry.kernel);
+                let source = self.padded[axis][p * geometry.stride + k * geometry.dilation];
                 input = input.zip(source).map(|(input, source)| input + source * stride);
                 stride *= geometry.size;
                 rest_p /= self.output[axis];
