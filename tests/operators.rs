@@ -8,6 +8,7 @@ use woracle::case::{Case, Tensor};
 use woracle::operators::{Conv, Conv1d, Conv2d, ConvSettings, Embedding, EmbeddingSettings, Extents, Ids, Operator};
 use woracle::operators::{Padding, PaddingMode, PaddingWord};
 use woracle::registry::{Precision, layer};
+use woracle::wora::{Base, Config, Layer, LoraInit, Method};
 
 fn random(shape: &[usize], rng: &mut Pcg64) -> ArrayD<f64> {
     ArrayD::from_shape_simple_fn(shape, || rng.random_range(-1.0..1.0))
@@ -352,4 +353,30 @@ fn a_case_that_no_layer_can_run_names_the_tensor_and_the_reason() {
     case.tensors.insert("x".into(), values(&[4, 3]));
     let message = embedding.evaluate(&case, Precision::F64).expect_err("refused").to_string();
     assert_eq!(message, "x: expected integer ids, found floating-point values");
+}
+
+#[test]
+fn embedding_and_convolution_start_as_peft_starts_them() {
+    let rng = &mut Pcg64::seed_from_u64(3);
+    let config = Config::new(Method::Wora, 2.0);
+    let base = Base { weight: random(&[50, 40], rng), bias: None };
+    let layer = Layer::init(Embedding::new(50, 40), config, base, 30, LoraInit::default(), rng).expect("a layer");
+    let adapter = layer.adapter();
+    assert!(adapter.lora_a.iter().all(|&a| a == 0.0) && adapter.lora_a.shape() == [30, 50]);
+    assert!((adapter.lora_b.std(0.0) - 1.0).abs() < 0.1 && adapter.lora_b.shape() == [40, 30]);
+    assert_eq!(adapter.magnitude.as_ref().expect("m").shape(), [40]);
+
+    let settings: ConvSettings = serde_json::from_str(r#"{"groups":2}"#).expect("JSON");
+    let conv = Conv2d::from_weight_shape(settings, &[6, 4, 3, 3]).expect("a convolution");
+    let base = Base { weight: random(&[6, 4, 3, 3], rng), bias: None };
+    let layer = Layer::init(conv, config, base, 20, LoraInit::default(), rng).expect("a layer");
+    let adapter = layer.adapter();
+    assert!(adapter.lora_b.iter().all(|&b| b == 0.0) && adapter.lora_b.shape() == [6, 10, 1, 1]);
+    let largest = adapter.lora_a.iter().fold(0.0, |largest: f64, a| largest.max(a.abs()));
+    assert!(largest <= 1.0 / 6.0 && largest > 0.98 / 6.0 && adapter.lora_a.shape() == [20, 4, 3, 3]); // fan_in 36
+    let magnitude = adapter.magnitude.as_ref().expect("m");
+    assert_eq!(magnitude.shape(), [1, 6, 1, 1]);
+    for (m, unit) in magnitude.iter().zip(layer.base().weight.outer_iter()) {
+        assert!((m - unit.iter().map(|w| w * w).sum::<f64>().sqrt()).abs() < 1e-14);
+    }
 }
