@@ -25,10 +25,12 @@ pub mod oracle;
 pub mod registry;
 pub mod wora;
 
+mod dual;
 mod error;
 mod rounded;
 mod scalar;
 
+pub use dual::{Dual, DualTensors};
 pub use error::{Error, Result};
 pub use rounded::Rounded;
 pub use scalar::{Real, Scalar};

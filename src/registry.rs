@@ -14,8 +14,9 @@ use crate::wora::{
     Adapter, Base, Config, Definition, Evaluation, Gradients, Layer, Method, NormGradient, RequiresGrad, SCALE_NAMES,
     check_mask,
 };
-use crate::{Error, Real, Result, Rounded, Scalar};
+use crate::{Dual, DualTensors, Error, Real, Result, Rounded, Scalar};
 use ndarray::{Array1, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Axis, Zip};
+use std::collections::BTreeMap;
 use std::marker::PhantomData;
 
 /// Every layer.
@@ -85,12 +86,19 @@ pub trait Subject: Sync {
     ///
     /// As [`Subject::evaluate`].
     fn define(&self, case: &Case) -> Result<Tensors>;
-    /// The rounding error to expect of each element of the same, in unit roundoffs.
+    /// The same on numbers that estimate their own rounding errors.
     ///
     /// # Errors
     ///
     /// As [`Subject::evaluate`].
-    fn roundings(&self, case: &Case) -> Result<Tensors>;
+    fn roundings(&self, case: &Case) -> Result<BTreeMap<String, ArrayD<Rounded>>>;
+    /// y of the surrogate (see [`Subject::surrogate`]) by the definition on dual numbers, which take the
+    /// place of the case's tensors of the same names; their values are those of the case.
+    ///
+    /// # Errors
+    ///
+    /// As [`Subject::evaluate`].
+    fn dual(&self, case: &Case, inputs: &DualTensors) -> Result<ArrayD<Dual>>;
     /// The production forward whose gradient the backward claims to be: with the norms held at those of this
     /// case where they are detached, or where there is no direction, and with what is looked up moved by the
     /// operator's fraction of any change of A and W0 alone.
@@ -111,7 +119,16 @@ pub trait Subject: Sync {
     ///
     /// Settings that are none of this layer's (C4).
     fn is_input(&self, case: &Case, tensor: &str) -> Result<bool>;
-    /// Whether that forward is affine in each element of this tensor alone.
+    /// Whether every gradient is one of the loss, or with the norm held of the surrogate: not so where a lookup
+    /// passes on only a fraction (E41).
+    ///
+    /// # Errors
+    ///
+    /// As [`Subject::evaluate`].
+    fn is_gradient_of_the_loss(&self, case: &Case) -> Result<bool>;
+    /// What the low-rank pair is called: A, then B.
+    fn lora_names(&self) -> [&'static str; 2];
+    /// Whether that forward is affine in this tensor alone.
     ///
     /// # Errors
     ///
@@ -175,35 +192,45 @@ impl<O: Operator> Adapted<O> {
         Ok(Self::tensors(Evaluation { y, weight_norm, merged_weight, gradients }, T::as_f64))
     }
 
-    /// Runs the definition on numbers made of f64 by `lift` and reads results off by `read`.
-    fn define_on<R: Real>(case: &Case, lift: impl Fn(f64) -> R, read: impl Fn(R) -> f64) -> Result<Tensors> {
+    /// Hands the definition of a case, on numbers made of f64 by `lift`, and the cotangent to `run`.
+    fn with_definition<R: Real, Out>(
+        case: &Case,
+        lift: impl Fn(&str, ArrayViewD<'_, f64>) -> ArrayD<R>,
+        run: impl FnOnce(Definition<'_, '_, O, R>, Option<ArrayViewD<'_, f64>>) -> Out,
+    ) -> Result<Out> {
         let Parts { layer, x, mask, dy } = Self::parts::<f64>(case)?;
-        let (base, adapter) = (layer.base(), layer.adapter());
-        let up = |values: ArrayViewD<'_, f64>| values.mapv(&lift);
         let output_shape = layer.operator().output_shape(&x)?;
         mask.as_ref().map_or(Ok(()), |mask| check_mask(&x, mask.shape()))?;
         dy.as_ref().map_or(Ok(()), |dy| check_shape("grad.y", &output_shape, dy.shape()))?; // C1
+        let Base { weight, bias } = layer.base();
+        let named: BTreeMap<_, _> = layer.adapter().named(O::LORA_NAMES).into_iter().collect();
         let definition = Definition {
             operator: layer.operator(),
             config: layer.config(),
             input: &x,
-            x: x.values().map(up),
-            mask: mask.as_ref().map(|mask| up(mask.view())),
-            base: Base { weight: up(base.weight.view()), bias: base.bias.as_ref().map(|bias| up(bias.view())) },
-            adapter: Adapter {
-                lora_a: up(adapter.lora_a.view()),
-                lora_b: up(adapter.lora_b.view()),
-                magnitude: adapter.magnitude.as_ref().map(|m| up(m.view())),
-                alpha: adapter.alpha.as_ref().map(|alpha| up(alpha.view())),
-                beta: adapter.beta.as_ref().map(|beta| up(beta.view())),
+            x: x.values().map(|x| lift("x", x)),
+            mask: mask.as_ref().map(|mask| lift("dropout_mask", mask.view())),
+            base: Base {
+                weight: lift("base.weight", weight.view()),
+                bias: bias.as_ref().map(|bias| lift("base.bias", bias.view())),
             },
+            adapter: Adapter::from_named(layer.config().method, O::LORA_NAMES, |name| {
+                Ok(lift(name, named[name].view()))
+            })?,
             frozen_norm: None,
         };
-        Ok(Self::tensors(definition.evaluate(dy.as_ref().map(|values| values.view())), read))
+        Ok(run(definition, dy.as_ref().map(|values| values.view())))
+    }
+
+    /// Everything by the definition, on numbers made of f64 by `lift`.
+    fn define_on<R: Real>(case: &Case, lift: impl Fn(f64) -> R) -> Result<BTreeMap<String, ArrayD<R>>> {
+        let lift = |_: &str, values: ArrayViewD<'_, f64>| values.mapv(&lift);
+        let evaluation = Self::with_definition(case, lift, |definition, dy| definition.evaluate(dy))?;
+        Ok(Self::tensors(evaluation, |value| value))
     }
 
     /// Results under their names in a case file.
-    fn tensors<E: Copy>(evaluation: Evaluation<E>, read: impl Fn(E) -> f64) -> Tensors {
+    fn tensors<E: Copy, N>(evaluation: Evaluation<E>, read: impl Fn(E) -> N) -> BTreeMap<String, ArrayD<N>> {
         let Evaluation { y, weight_norm, merged_weight, gradients } = evaluation;
         let mut named = vec![("y".to_string(), y), ("merged_weight".to_string(), merged_weight)];
         named.extend(weight_norm.map(|norm: Array1<E>| ("weight_norm".to_string(), norm.into_dyn())));
@@ -234,10 +261,25 @@ impl<O: Operator> Subject for Adapted<O> {
         }
     }
     fn define(&self, case: &Case) -> Result<Tensors> {
-        Self::define_on(case, |value| value, |value| value)
+        Self::define_on(case, |value| value)
     }
-    fn roundings(&self, case: &Case) -> Result<Tensors> {
-        Self::define_on(case, Rounded::exact, Rounded::roundings)
+    fn roundings(&self, case: &Case) -> Result<BTreeMap<String, ArrayD<Rounded>>> {
+        Self::define_on(case, Rounded::exact)
+    }
+    fn dual(&self, case: &Case, inputs: &DualTensors) -> Result<ArrayD<Dual>> {
+        let frozen_norm = match Self::config(case)?.norm_gradient {
+            NormGradient::Full => None,
+            NormGradient::Detached => {
+                Self::with_definition(case, |_, values| values.to_owned(), |definition, _| definition.weight_norm())?
+            }
+        };
+        let lift = |name: &str, values: ArrayViewD<'_, f64>| {
+            inputs.get(name).cloned().unwrap_or_else(|| values.mapv(Dual::constant))
+        };
+        Self::with_definition(case, lift, |definition, _| {
+            let frozen_norm = frozen_norm.map(|norm| norm.mapv(Dual::constant));
+            Definition { frozen_norm, ..definition }.evaluate(None).y
+        })
     }
     fn surrogate(&self, case: &Case) -> Result<Forward> {
         let Parts { layer: at_point, x, .. } = Self::parts::<f64>(case)?;
@@ -281,6 +323,13 @@ impl<O: Operator> Subject for Adapted<O> {
         }
         let y = y.into_shape_with_order(adapted.shape()).expect("as many outputs as the adapted layer's");
         Ok(RoundTrip { adapted, merged: y, restored: layer.unmerge(&merged) })
+    }
+    fn is_gradient_of_the_loss(&self, case: &Case) -> Result<bool> {
+        let Parts { layer, x, .. } = Self::parts::<f64>(case)?;
+        Ok(layer.operator().gradient_fraction(&x).is_none())
+    }
+    fn lora_names(&self) -> [&'static str; 2] {
+        O::LORA_NAMES
     }
     fn is_input(&self, case: &Case, tensor: &str) -> Result<bool> {
         let config = Self::config(case)?;

@@ -34,6 +34,12 @@ impl Rounded {
         self.errors.sqrt()
     }
 
+    /// The root of the summed squares of the terms that make the number up: what its error is relative to. A
+    /// number much smaller than this is the small difference of large ones.
+    pub fn size(self) -> f64 {
+        self.terms.max(self.value * self.value).sqrt()
+    }
+
     fn sum(self, other: Self, value: f64) -> Self {
         let terms = self.terms + other.terms;
         Self { value, terms, errors: self.errors + other.errors + terms.max(value * value) }

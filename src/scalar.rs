@@ -1,8 +1,8 @@
 //! The numbers this crate computes with.
 //!
 //! [`Scalar`] (f32, f64) is what the production path runs on. [`Real`] asks for much less, so that
-//! the definition can also run on numbers that carry something along, such as
-//! [`Rounded`](crate::Rounded), which carries an estimate of its own rounding error.
+//! the definition can also run on numbers that carry something along: [`Rounded`](crate::Rounded) carries an
+//! estimate of its own rounding error, [`Dual`](crate::Dual) a derivative.
 
 use std::ops::{Add, Div, Mul, Sub};
 
@@ -56,6 +56,11 @@ pub trait Real:
     fn value(self) -> f64;
     /// The same number as one that is stored: what it was summed up from is forgotten.
     fn stored(self) -> Self {
+        self
+    }
+    /// The same number, of whose changes only this fraction counts: what a lookup does to a gradient under
+    /// `padding_idx` and `scale_grad_by_freq` (SPEC.md, E41).
+    fn damped(self, _fraction: f64) -> Self {
         self
     }
     /// The square root.

@@ -1,16 +1,16 @@
 //! `wora check [FILTER]`: the hand-derived backward of every layer against its witnesses.
 
-use super::{Outcome, print, table};
-use indicatif::{ProgressBar, ProgressStyle};
+use super::{Outcome, print, progress, table};
+use rayon::prelude::*;
 use serde_json::json;
-use woracle::gradcheck::{CaseReport, Options, Verdict, check};
+use woracle::gradcheck::{CaseReport, Options, TensorReport, Verdict, Witness, check};
 use woracle::registry::{LAYERS, Subject};
 use woracle::{Error, Result};
 
-/// Check every layer's forward and backward against the definition, differences and f32.
+/// Check every layer's forward and backward against the definition, differences, dual numbers and identities.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Only the cases whose name contains this
+    /// Only the case of this name, or the cases whose names contain this
     filter: Option<String>,
     /// List the cases, one a line, and check nothing
     #[arg(long)]
@@ -18,6 +18,9 @@ pub struct Args {
     /// The seed of the cases' numbers
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Print what every witness says of the worst element of every tensor
+    #[arg(long, short)]
+    verbose: bool,
     /// Print the whole report as JSON
     #[arg(long)]
     json: bool,
@@ -25,8 +28,10 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<Outcome> {
     let filter = args.filter.as_deref().unwrap_or("");
-    let all = LAYERS.iter().flat_map(|&layer| layer.specs().iter().map(move |spec| (layer, spec)));
-    let chosen: Vec<_> = all.filter(|(_, spec)| spec.name.contains(filter)).collect();
+    let all = || LAYERS.iter().flat_map(|&layer| layer.specs().iter().map(move |spec| (layer, spec)));
+    let exact = all().any(|(_, spec)| spec.name == filter);
+    let fits = |name: &str| if exact { name == filter } else { name.contains(filter) };
+    let chosen: Vec<_> = all().filter(|(_, spec)| fits(spec.name)).collect();
     if chosen.is_empty() {
         let expected = "part of a case's name (wora check --list)".into();
         return Err(Error::Unknown { what: "FILTER", expected, found: filter.into() });
@@ -36,70 +41,27 @@ pub fn run(args: Args) -> Result<Outcome> {
         print(&names.join("\n"))?;
         return Ok(Outcome::Good);
     }
-    let bar = ProgressBar::new(chosen.len() as u64);
-    bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta}").expect("a template"));
-    let mut reports = Vec::new();
-    for (layer, spec) in chosen {
-        bar.set_message(spec.name);
-        let options = Options { seed: args.seed, ..Options::default() };
-        reports.push(check(layer, &Subject::draw(layer, spec, args.seed), options));
+    let bar = progress(chosen.len());
+    let one = |(layer, spec): (&dyn Subject, _)| {
+        let report = check(layer, &layer.draw(spec, args.seed), Options { seed: args.seed, ..Options::default() });
+        bar.set_message(report.name.clone());
         bar.inc(1);
-    }
+        report
+    };
+    let reports: Vec<CaseReport> = chosen.into_par_iter().map(one).collect();
     bar.finish_and_clear();
-    print(&if args.json { as_json(&reports) } else { as_table(&reports) })?;
+    print(&if args.json { as_json(&reports) } else { as_text(&reports, &args) })?;
     Ok(if reports.iter().all(CaseReport::agrees) { Outcome::Good } else { Outcome::Wrong })
 }
 
-fn word(verdict: Verdict) -> &'static str {
-    match verdict {
-        Verdict::Agree => "agree",
-        Verdict::Unresolved => "UNRESOLVED",
-        Verdict::Disagree => "DISAGREE",
-    }
-}
-
 fn count(reports: &[CaseReport], verdict: Verdict) -> usize {
-    reports.iter().flat_map(|report| &report.tensors).filter(|tensor| tensor.verdict() == verdict).count()
+    reports.iter().flat_map(|report| &report.tensors).filter(|tensor| tensor.verdict == verdict).count()
 }
 
-fn as_table(reports: &[CaseReport]) -> String {
-    let mut table = table(&["case", "tensor", "worst error", "budget", "against", "verdict"]);
-    for report in reports {
-        for tensor in &report.tensors {
-            // Where all agree, differences are the most telling: they know least of what they check.
-            let differences = tensor.witnesses.iter().find(|witness| witness.witness == "differences");
-            let telling = differences.filter(|_| tensor.verdict() == Verdict::Agree);
-            let Some(worst) = telling.or_else(|| tensor.worst()) else { continue };
-            table.add_row([
-                report.name.clone(),
-                tensor.name.clone(),
-                format!("{:.1e}", worst.worst.error),
-                format!("{:.1e}", worst.worst.budget),
-                worst.witness.into(),
-                word(tensor.verdict()).into(),
-            ]);
-        }
-    }
-    let mut text = table.to_string();
-    for report in reports {
-        if let Some(failure) = &report.failure {
-            text += &format!("\n{}: FAILED: {failure}", report.name);
-        }
-        for tensor in &report.tensors {
-            for witness in tensor.witnesses.iter().filter(|witness| witness.verdict != Verdict::Agree) {
-                let worst = &witness.worst;
-                text += &format!(
-                    "\n{}: {} {:?}: {:e}, {} says {:e}: {}",
-                    report.name,
-                    tensor.name,
-                    worst.index,
-                    worst.ours,
-                    witness.witness,
-                    worst.theirs,
-                    word(witness.verdict)
-                );
-            }
-        }
+fn as_text(reports: &[CaseReport], args: &Args) -> String {
+    let mut text = if args.verbose { details(reports) } else { as_table(reports) };
+    for report in reports.iter().filter(|report| !report.agrees()) {
+        text += &format!("\n{report}\n  again: wora check {} --seed {} --verbose", report.name, args.seed);
     }
     let [agree, disagree, unresolved] =
         [Verdict::Agree, Verdict::Disagree, Verdict::Unresolved].map(|verdict| count(reports, verdict));
@@ -107,21 +69,60 @@ fn as_table(reports: &[CaseReport]) -> String {
     if failed > 0 {
         text += &format!("\n{failed} cases could not be run");
     }
+    let laws = reports.iter().flat_map(|report| &report.laws).filter(|law| !law.holds).count();
+    if laws > 0 {
+        text += &format!("\n{laws} laws do not hold");
+    }
     text + &format!("\n{} cases, {agree} tensors agree, {disagree} disagree, {unresolved} unresolved", reports.len())
 }
 
+/// One row a tensor: its worst element, and by how much each witness differs there and may.
+fn as_table(reports: &[CaseReport]) -> String {
+    let witnesses = Witness::ALL.map(|witness| witness.to_string());
+    let columns = ["case", "tensor", "worst at", "ours"].into_iter().chain(witnesses.iter().map(String::as_str));
+    let mut table = table(&columns.chain(["verdict"]).collect::<Vec<_>>());
+    for report in reports {
+        for tensor in &report.tensors {
+            let (place, ours) = tensor.worst.as_ref().map_or_else(Default::default, |worst| {
+                (format!("{:?}", worst.index), format!("{:.6e}", worst.ours))
+            });
+            let said = Witness::ALL.map(|witness| {
+                let says = tensor.witness(witness);
+                says.map_or_else(String::new, |says| format!("{:.0e} of {:.0e}", says.worst.error, says.worst.budget))
+            });
+            let row = [report.name.clone(), tensor.name.clone(), place, ours].into_iter().chain(said);
+            table.add_row(row.chain([tensor.verdict.to_string()]));
+        }
+    }
+    format!("{table}\nEach witness: the error nearest to its budget, of that budget.")
+}
+
+/// Every tensor's worst element in full: the value, what each witness makes of it, and how sure it is.
+fn details(reports: &[CaseReport]) -> String {
+    let lines = |(report, tensor): (&CaseReport, &TensorReport)| {
+        let Some(worst) = &tensor.worst else { return String::new() };
+        let says = worst.says.iter().map(|said| {
+            format!("\n  {:12} {:>24.17e}  +- {:.1e}", said.witness.to_string(), said.value, said.uncertainty)
+        });
+        format!(
+            "{}: {} {:?}: {}\n  {:12} {:>24.17e}  budget {:.1e}{}",
+            report.name,
+            tensor.name,
+            worst.index,
+            tensor.verdict,
+            "ours",
+            worst.ours,
+            worst.budget,
+            says.collect::<String>()
+        )
+    };
+    let all = reports.iter().flat_map(|report| report.tensors.iter().map(move |tensor| (report, tensor)));
+    all.map(lines).collect::<Vec<_>>().join("\n")
+}
+
 fn as_json(reports: &[CaseReport]) -> String {
-    let cases: Vec<_> = reports
-        .iter()
-        .map(|report| {
-            let tensors = report.tensors.iter().map(
-                |tensor| json!({ "name": tensor.name, "verdict": tensor.verdict(), "witnesses": tensor.witnesses }),
-            );
-            json!({ "name": report.name, "agrees": report.agrees(), "failure": report.failure, "tensors": tensors.collect::<Vec<_>>() })
-        })
-        .collect();
     json!({
-        "cases": cases,
+        "cases": reports,
         "agree": count(reports, Verdict::Agree),
         "disagree": count(reports, Verdict::Disagree),
         "unresolved": count(reports, Verdict::Unresolved),

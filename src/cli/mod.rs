@@ -6,6 +6,7 @@ mod verify;
 
 use clap::{Parser, Subcommand};
 use comfy_table::{ContentArrangement, Table, presets::UTF8_FULL_CONDENSED};
+use indicatif::{ProgressBar, ProgressStyle};
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
@@ -70,6 +71,13 @@ fn print(text: &str) -> woracle::Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// A progress bar on a terminal; nothing in a pipe.
+fn progress(length: usize) -> ProgressBar {
+    let bar = ProgressBar::new(length as u64);
+    bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta}").expect("a template"));
+    bar
 }
 
 fn table(header: &[&str]) -> Table {

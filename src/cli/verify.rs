@@ -1,7 +1,7 @@
 //! `wora verify PATH...`: somebody's results, in case files, against the oracle's.
 
-use super::{Outcome, complain, print, printable, table};
-use indicatif::{ProgressBar, ProgressStyle};
+use super::{Outcome, complain, print, printable, progress, table};
+use indicatif::ProgressBar;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use woracle::oracle::case_file;
@@ -42,8 +42,7 @@ pub fn run(args: Args) -> Result<Outcome> {
             Err(error) => files.push(Err((path.clone(), error))),
         }
     }
-    let bar = ProgressBar::new(files.len() as u64);
-    bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta}").expect("a template"));
+    let bar = progress(files.len());
     let mut cases = Vec::new();
     for file in &files {
         cases.push(match file {

@@ -1,8 +1,43 @@
-//! Two tensors, a budget for every element, one verdict.
+//! What witnesses say of a tensor, a budget for every element, one verdict.
 
+use super::differences::Rung;
 use crate::case::unravel;
 use ndarray::ArrayD;
 use serde::Serialize;
+use std::fmt;
+
+/// Who says what a result should be. SPEC.md, section 8.2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Witness {
+    /// The definition, and its own backward.
+    Definition,
+    /// The same path in f32.
+    F32,
+    /// Differences of the forward.
+    Differences,
+    /// Dual numbers through the definition.
+    Duals,
+    /// Identities that need no step.
+    Identities,
+}
+
+impl Witness {
+    /// Every witness, in the order of the tables.
+    pub const ALL: [Self; 5] = [Self::Definition, Self::F32, Self::Differences, Self::Duals, Self::Identities];
+}
+
+impl fmt::Display for Witness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Definition => "definition",
+            Self::F32 => "f32",
+            Self::Differences => "differences",
+            Self::Duals => "duals",
+            Self::Identities => "identities",
+        })
+    }
+}
 
 /// What a comparison comes to, from best to worst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -19,7 +54,7 @@ pub enum Verdict {
 /// The element that comes closest to its budget, or exceeds it most.
 #[derive(Clone, Debug, Serialize)]
 pub struct Worst {
-    /// Where.
+    /// Where; empty for a scalar, an identity, or the derivative along a direction through every element.
     pub index: Vec<usize>,
     /// The value under test.
     pub ours: f64,
@@ -27,92 +62,190 @@ pub struct Worst {
     pub theirs: f64,
     /// `|ours - theirs|`; infinite where one of them is not a number.
     pub error: f64,
-    /// What it may be.
+    /// How far off the witness may be by itself.
+    pub uncertainty: f64,
+    /// What the error may be.
     pub budget: f64,
+    /// What the error is relative to: the root of the summed squares of the terms of this element.
+    pub size: f64,
 }
 
 /// One witness's word on one tensor.
 #[derive(Clone, Debug, Serialize)]
 pub struct Comparison {
-    /// Who: `definition`, `f32` or `differences`.
-    pub witness: &'static str,
+    /// Who.
+    pub witness: Witness,
     /// The verdict.
     pub verdict: Verdict,
-    /// How many elements were compared.
+    /// How many elements and directions were compared.
     pub elements: usize,
     /// The worst of them.
     pub worst: Worst,
+    /// Where differences do not agree, the ladder at the worst element.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ladder: Vec<Rung>,
 }
 
-/// One element under comparison.
-pub(super) struct Element {
-    /// Row-major index.
-    pub index: usize,
+/// What every witness says of one tensor.
+#[derive(Clone, Debug, Serialize)]
+pub struct TensorReport {
+    /// The name in a case file, or `grad.` and an input's name.
+    pub name: String,
+    /// The worst of the witnesses' verdicts.
+    pub verdict: Verdict,
+    /// The element that exceeds a budget most, or comes closest to one.
+    pub worst: Option<Element>,
+    /// One comparison a witness.
+    pub witnesses: Vec<Comparison>,
+}
+
+/// One element, and what every witness that looked at it says.
+#[derive(Clone, Debug, Serialize)]
+pub struct Element {
+    /// Where.
+    pub index: Vec<usize>,
+    /// The value under test.
+    pub ours: f64,
+    /// What its error may be, by the witness that it comes closest to failing.
+    pub budget: f64,
+    /// One line a witness.
+    pub says: Vec<Said>,
+}
+
+/// One witness's value of one element.
+#[derive(Clone, Debug, Serialize)]
+pub struct Said {
+    /// Who.
+    pub witness: Witness,
+    /// What the element is.
+    pub value: f64,
+    /// How far off that may be.
+    pub uncertainty: f64,
+}
+
+/// One number under comparison.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Point {
+    /// Row-major index; `None` for a number made of the whole tensor.
+    pub index: Option<usize>,
     pub ours: f64,
     pub theirs: f64,
+    pub uncertainty: f64,
     pub budget: f64,
+    /// What the error is relative to.
+    pub size: f64,
     /// A budget wider than this is unresolved.
     pub widest: f64,
 }
 
-impl Worst {
+impl Point {
+    pub fn error(&self) -> f64 {
+        let error = (self.ours - self.theirs).abs();
+        if error.is_nan() { f64::INFINITY } else { error }
+    }
+
+    pub fn verdict(&self) -> Verdict {
+        // Written so that a budget that is not a number is exceeded by any error and is never narrow enough.
+        if self.error() > 0.0 && !matches!(self.error().partial_cmp(&self.budget), Some(order) if order.is_le()) {
+            Verdict::Disagree
+        } else if self.budget <= self.widest {
+            Verdict::Agree
+        } else {
+            Verdict::Unresolved
+        }
+    }
+
     /// Error over budget: 0 without an error, infinite without a budget for it.
     pub fn excess(&self) -> f64 {
-        if self.error == 0.0 {
-            0.0
-        } else if self.budget.is_nan() {
-            f64::INFINITY
-        } else {
-            self.error / self.budget
+        match (self.error() == 0.0, self.error() / self.budget) {
+            (true, _) => 0.0,
+            (false, ratio) if ratio.is_nan() => f64::INFINITY,
+            (false, ratio) => ratio,
         }
     }
 }
 
-impl Comparison {
+/// Everything one witness says of a tensor.
+pub(super) struct Testimony {
+    pub witness: Witness,
+    pub points: Vec<Point>,
+    pub ladder: Vec<Rung>,
+}
+
+impl Testimony {
+    pub fn new(witness: Witness, points: Vec<Point>) -> Self {
+        Self { witness, points, ladder: Vec::new() }
+    }
+
     /// A result that one of the two does not have.
-    pub(super) fn missing(witness: &'static str) -> Self {
-        let worst = Worst { index: vec![], ours: f64::NAN, theirs: f64::NAN, error: f64::INFINITY, budget: 0.0 };
-        Self { witness, verdict: Verdict::Disagree, elements: 0, worst }
+    pub fn missing(witness: Witness) -> Self {
+        let nan = f64::NAN;
+        let nothing =
+            Point { index: None, ours: nan, theirs: nan, uncertainty: 0.0, budget: 0.0, size: nan, widest: nan };
+        Self::new(witness, vec![nothing])
     }
 
-    /// Compares element by element.
-    pub(super) fn of(witness: &'static str, ours: &ArrayD<f64>, theirs: &ArrayD<f64>, budget: &ArrayD<f64>) -> Self {
-        assert_eq!(ours.shape(), theirs.shape(), "a witness of another shape");
-        let elements = ours
-            .iter()
-            .zip(theirs)
-            .zip(budget)
-            .enumerate()
-            .map(|(index, ((&ours, &theirs), &budget))| Element { index, ours, theirs, budget, widest: f64::MAX });
-        Self::of_elements(witness, ours.shape(), elements)
-    }
-
-    /// Compares some elements of a tensor of this shape.
-    pub(super) fn of_elements(
-        witness: &'static str,
-        shape: &[usize],
-        elements: impl IntoIterator<Item = Element>,
-    ) -> Self {
-        let mut verdict = Verdict::Agree;
-        let mut worst: Option<Worst> = None;
-        let mut count = 0;
-        for Element { index, ours, theirs, budget, widest } in elements {
-            count += 1;
-            let error = (ours - theirs).abs();
-            let error = if error.is_nan() { f64::INFINITY } else { error };
-            verdict = verdict.max(if error > budget {
-                Verdict::Disagree
-            } else if budget <= widest {
-                Verdict::Agree
-            } else {
-                Verdict::Unresolved
-            });
-            let candidate = Worst { index: unravel(index, shape), ours, theirs, error, budget };
-            if worst.as_ref().is_none_or(|worst| candidate.excess() > worst.excess()) {
-                worst = Some(candidate);
-            }
+    /// A witness that knows every element.
+    pub fn of_all(witness: Witness, ours: &ArrayD<f64>, theirs: &ArrayD<f64>, budget: &ArrayD<f64>) -> Self {
+        if ours.shape() != theirs.shape() {
+            return Self::missing(witness);
         }
-        let nothing = Worst { index: vec![], ours: 0.0, theirs: 0.0, error: 0.0, budget: 0.0 };
-        Self { witness, verdict, elements: count, worst: worst.unwrap_or(nothing) }
+        let point = |(index, ((&ours, &theirs), &budget)): (usize, ((&f64, &f64), &f64))| Point {
+            index: Some(index),
+            ours,
+            theirs,
+            uncertainty: budget,
+            budget,
+            size: f64::NAN,
+            widest: f64::MAX,
+        };
+        Self::new(witness, ours.iter().zip(theirs).zip(budget).enumerate().map(point).collect())
+    }
+
+    pub fn verdict(&self) -> Verdict {
+        self.points.iter().map(Point::verdict).max().unwrap_or(Verdict::Agree)
+    }
+
+    pub fn worst(&self) -> Option<&Point> {
+        self.points.iter().max_by(|a, b| {
+            (a.verdict(), a.excess()).partial_cmp(&(b.verdict(), b.excess())).expect("an excess is a number")
+        })
+    }
+
+    fn at(&self, index: Option<usize>) -> Option<&Point> {
+        self.points.iter().find(|point| point.index == index)
+    }
+}
+
+impl TensorReport {
+    /// All that was said of a tensor of this shape.
+    pub(super) fn new(name: String, shape: &[usize], testimonies: Vec<Testimony>) -> Self {
+        let place = |index: Option<usize>| index.map_or_else(Vec::new, |index| unravel(index, shape));
+        let all = testimonies.iter().filter_map(Testimony::worst);
+        let worst = all.max_by(|a, b| {
+            (a.verdict(), a.excess()).partial_cmp(&(b.verdict(), b.excess())).expect("an excess is a number")
+        });
+        let worst = worst.map(|&Point { index, ours, budget, .. }| {
+            let said = |testimony: &Testimony| {
+                let point = testimony.at(index)?;
+                let (witness, value, uncertainty) = (testimony.witness, point.theirs, point.uncertainty);
+                Some(Said { witness, value, uncertainty })
+            };
+            Element { index: place(index), ours, budget, says: testimonies.iter().filter_map(said).collect() }
+        });
+        let verdict = testimonies.iter().map(Testimony::verdict).max().unwrap_or(Verdict::Unresolved);
+        let witnesses = testimonies.into_iter().filter_map(|testimony| {
+            let &point = testimony.worst()?;
+            let Point { index, ours, theirs, uncertainty, budget, size, .. } = point;
+            let worst = Worst { index: place(index), ours, theirs, error: point.error(), uncertainty, budget, size };
+            let (witness, verdict, elements) = (testimony.witness, testimony.verdict(), testimony.points.len());
+            Some(Comparison { witness, verdict, elements, worst, ladder: testimony.ladder })
+        });
+        Self { name, verdict, worst, witnesses: witnesses.collect() }
+    }
+
+    /// What this witness says, where it says something.
+    pub fn witness(&self, witness: Witness) -> Option<&Comparison> {
+        self.witnesses.iter().find(|comparison| comparison.witness == witness)
     }
 }

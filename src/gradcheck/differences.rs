@@ -9,7 +9,21 @@
 //! # Ok::<(), woracle::Error>(())
 //! ```
 
-use crate::Result;
+use super::SLACK;
+use super::function::{Along, Direction, Function};
+use crate::case::Tensors;
+use crate::{Result, Scalar};
+use ndarray::ArrayD;
+use serde::Serialize;
+
+/// Steps of the ladder where the function is curved.
+const RUNGS: usize = 9;
+/// The ladder starts where halving the step changes the outputs' differences by less than this part of them:
+/// within about a quarter of the radius of convergence.
+const CURVATURE: f64 = 1.0 / 16.0;
+/// The step where the function is affine, in parts of the tensor's largest element: there is no truncation error,
+/// so the step is large.
+const AFFINE_STEP: f64 = 16.0;
 
 /// A value and how far off it may be.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -20,6 +34,17 @@ pub struct Estimate {
     pub uncertainty: f64,
 }
 
+/// A central difference at one step.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Rung {
+    /// The step.
+    pub step: f64,
+    /// The difference.
+    pub value: f64,
+    /// Its distance from what the ladder extrapolates to.
+    pub error: f64,
+}
+
 /// Ridders' extrapolation: `central(h)` at h, h/2, h/4, ... (`rungs` of them), each column of the tableau
 /// removing one more even power of h. The entry with the smallest error estimate wins: the distance to its
 /// neighbours plus the rounding that `central` reports, which the extrapolation at most doubles.
@@ -28,13 +53,27 @@ pub struct Estimate {
 ///
 /// Whatever `central` says.
 pub fn ladder(mut central: impl FnMut(f64) -> Result<Estimate>, h: f64, rungs: usize) -> Result<Estimate> {
+    let values: Vec<_> = (0..rungs).map(|rung| central(h / 2f64.powi(rung as i32))).collect::<Result<_>>()?;
+    Ok(extrapolate(&values, Powers::Even))
+}
+
+/// Which powers of the step an expansion has beyond the value at step 0.
+#[derive(Clone, Copy, PartialEq)]
+enum Powers {
+    /// `h^2, h^4, ...`, as a central difference.
+    Even,
+    /// `h, h^3, ...`, as a difference of two one-sided slopes.
+    Odd,
+}
+
+/// The value at step 0 of a quantity known at a sequence of halved steps.
+fn extrapolate(rungs: &[Estimate], powers: Powers) -> Estimate {
     let mut best = Estimate { value: f64::NAN, uncertainty: f64::INFINITY };
     let mut previous: Vec<f64> = Vec::new();
-    for rung in 0..rungs {
-        let Estimate { value, uncertainty: rounding } = central(h / 2f64.powi(rung as i32))?;
+    for (rung, &Estimate { value, uncertainty: rounding }) in rungs.iter().enumerate() {
         let mut row = vec![value];
         for column in 1..=rung {
-            let power = 4f64.powi(column as i32);
+            let power = 2f64.powi(2 * column as i32 - i32::from(powers == Powers::Odd));
             let extrapolated = (power * row[column - 1] - previous[column - 1]) / (power - 1.0);
             let spread = (extrapolated - row[column - 1]).abs().max((extrapolated - previous[column - 1]).abs());
             let uncertainty = spread + 2.0 * rounding;
@@ -45,5 +84,155 @@ pub fn ladder(mut central: impl FnMut(f64) -> Result<Estimate>, h: f64, rungs: u
         }
         previous = row;
     }
-    Ok(best)
+    best
+}
+
+/// Differences of a function's forward, `<dy, y>` at one point.
+pub(super) struct Differences<'a> {
+    pub function: &'a dyn Function,
+    pub inputs: &'a Tensors,
+    pub cotangent: &'a ArrayD<f64>,
+    /// y at the point.
+    pub y: &'a ArrayD<f64>,
+    /// The rounding error to expect of each output there, in unit roundoffs.
+    pub roundings: &'a ArrayD<f64>,
+}
+
+/// A central difference of `<dy, y>`, and beside it the difference of the two one-sided slopes.
+struct Difference {
+    step: f64,
+    central: Estimate,
+    /// Vanishes with the step where there is a derivative.
+    jump: Estimate,
+    /// What each output contributes.
+    outputs: Vec<f64>,
+    /// The sum of the outputs' rounding errors.
+    noise: f64,
+}
+
+impl Differences<'_> {
+    /// The derivative along a direction through a tensor. `inputs` is scratch, and left as it was. `gradient` is
+    /// the one under test: positions that are rounded are made up for by its elements.
+    pub fn along(
+        &self,
+        inputs: &mut Tensors,
+        tensor: &str,
+        direction: &Direction,
+        gradient: &[f64],
+    ) -> Result<(Along, Vec<Rung>)> {
+        let largest = self.inputs[tensor].iter().fold(0.0, |largest: f64, value| largest.max(value.abs()));
+        let scale = if largest > 0.0 && largest.is_finite() { largest.log2().ceil().exp2() } else { 1.0 };
+        let mut at = |step: f64| self.difference(inputs, tensor, direction, gradient, step, scale);
+
+        if self.function.is_affine(tensor) {
+            let (near, far) = (at(AFFINE_STEP / 2.0 * scale)?, at(AFFINE_STEP * scale)?);
+            let spread = (near.central.value - far.central.value).abs();
+            let jump = (far.jump.value.abs() - far.jump.uncertainty).max(0.0);
+            let estimate = Estimate { uncertainty: far.central.uncertainty + spread + jump, ..far.central };
+            let rungs = [&far, &near].map(|difference| difference.rung(estimate.value)).to_vec();
+            return Ok((Along { estimate, terms: far.terms() }, rungs));
+        }
+        let mut wide = at(scale / 2.0)?;
+        loop {
+            let narrow = at(wide.step / 2.0)?;
+            if wide.curvature(&narrow) <= CURVATURE || wide.step < f64::EPSILON * scale {
+                break;
+            }
+            wide = narrow;
+        }
+        let terms = wide.terms();
+        let mut rungs = vec![wide];
+        while rungs.len() < RUNGS {
+            rungs.push(at(rungs[rungs.len() - 1].step / 2.0)?);
+        }
+        let pick = |field: fn(&Difference) -> Estimate| rungs.iter().map(field).collect::<Vec<_>>();
+        let mut estimate = extrapolate(&pick(|difference| difference.central), Powers::Even);
+        // Where the slopes on both sides differ however small the step, there is no derivative to agree with.
+        let jump = extrapolate(&pick(|difference| difference.jump), Powers::Odd);
+        if jump.value.abs() > jump.uncertainty || jump.value.is_nan() {
+            estimate.uncertainty += jump.value.abs();
+        }
+        let rungs = rungs.iter().map(|difference| difference.rung(estimate.value)).collect();
+        Ok((Along { estimate, terms }, rungs))
+    }
+
+    fn difference(
+        &self,
+        inputs: &mut Tensors,
+        tensor: &str,
+        direction: &Direction,
+        gradient: &[f64],
+        step: f64,
+        scale: f64,
+    ) -> Result<Difference> {
+        let mut at = |step: f64| -> Result<ArrayD<f64>> {
+            let values = self.inputs[tensor].as_slice().expect("standard layout");
+            let moved = inputs.get_mut(tensor).expect("an input").as_slice_mut().expect("standard layout");
+            direction.iter().for_each(|&(element, sign)| moved[element] = values[element] + step * sign);
+            let y = self.function.forward(inputs);
+            let moved = inputs.get_mut(tensor).expect("an input").as_slice_mut().expect("standard layout");
+            direction.iter().for_each(|&(element, _)| moved[element] = values[element]);
+            y
+        };
+        let (plus, minus) = (at(step)?, at(-step)?);
+        let width = 2.0 * step;
+        // What the positions themselves were rounded by, times the slope.
+        let values = self.inputs[tensor].as_slice().expect("standard layout");
+        let misplaced: f64 = direction
+            .iter()
+            .map(|&(element, sign)| {
+                let moved = (values[element] + step * sign) - (values[element] - step * sign) - width * sign;
+                if moved == 0.0 { 0.0 } else { moved * gradient[element] / width }
+            })
+            .sum();
+        let (mut value, mut jump) = (0.0, 0.0);
+        let (mut squares, mut jump_squares, mut noise) = (0.0, 0.0, 0.0);
+        let mut outputs = Vec::with_capacity(plus.len());
+        let all = plus.iter().zip(&minus).zip(self.y).zip(self.cotangent).zip(self.roundings);
+        for ((((&plus, &minus), &here), &dy), &roundings) in all {
+            // Subtracted before it is multiplied by the cotangent: one rounding less, and outputs that
+            // the element does not reach drop out exactly.
+            let term = dy * (plus - minus) / width;
+            value += term;
+            outputs.push(term);
+            jump += dy * ((plus - here) + (minus - here)) / step;
+            // Terms that grow with the step round as much as it is larger than what was there.
+            let rounding = roundings * (1.0 + step / scale) + plus.abs() + minus.abs();
+            let rounding = SLACK * f64::UNIT_ROUNDOFF * dy.abs() * rounding / width;
+            if plus != minus {
+                squares += rounding.powi(2); // outputs are rounded independently of each other
+                noise += rounding;
+            }
+            if plus != here || minus != here {
+                jump_squares += (4.0 * rounding).powi(2);
+            }
+        }
+        Ok(Difference {
+            step,
+            central: Estimate { value: value - misplaced, uncertainty: squares.sqrt() },
+            jump: Estimate { value: jump, uncertainty: jump_squares.sqrt() },
+            outputs,
+            noise,
+        })
+    }
+}
+
+impl Difference {
+    /// The root of the summed squares of the contributions.
+    fn terms(&self) -> f64 {
+        self.outputs.iter().map(|term| term * term).sum::<f64>().sqrt()
+    }
+
+    /// How much the contributions change when the step is halved, in parts of themselves, beyond rounding.
+    fn curvature(&self, narrow: &Difference) -> f64 {
+        let sum = |terms: &mut dyn Iterator<Item = f64>| terms.map(f64::abs).sum::<f64>();
+        let change = sum(&mut self.outputs.iter().zip(&narrow.outputs).map(|(wide, narrow)| wide - narrow));
+        let beyond = (change - narrow.noise).max(0.0);
+        if beyond == 0.0 { 0.0 } else { beyond / sum(&mut narrow.outputs.iter().copied()) }
+    }
+
+    fn rung(&self, estimate: f64) -> Rung {
+        let Estimate { value, .. } = self.central;
+        Rung { step: self.step, value, error: (value - estimate).abs() }
+    }
 }

@@ -26,7 +26,7 @@ use super::adapter::as_matrix;
 use super::{Adapter, Base, Config, Gradients, Method, NormAxis, NormGradient};
 use crate::Real;
 use crate::operators::{Operator, Term};
-use ndarray::{Array1, Array2, ArrayD, ArrayViewD, IxDyn};
+use ndarray::{Array1, Array2, ArrayD, ArrayView2, ArrayViewD, IxDyn};
 
 /// One layer at one input, as numbers `R`. All tensors in the shapes of a case file.
 #[derive(Clone, Debug)]
@@ -101,6 +101,11 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
         }
     }
 
+    /// `n = ||V|| + eps`: `[units]` or `[fan_in]`; `None` for LoRA.
+    pub fn weight_norm(&self) -> Option<Array1<R>> {
+        self.weights().norms.map(|norms| norms.n.into())
+    }
+
     fn alpha(&self) -> R {
         self.adapter.alpha_or(R::constant(1.0))
     }
@@ -116,25 +121,40 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
         if self.config.norm_axis == NormAxis::Output { u } else { j }
     }
 
+    /// `B A` and `V = beta W0 + alpha s B A`: `[units, fan_in]` each.
+    fn weighted(&self, base: &Array2<R>, a: ArrayView2<'_, R>, b: ArrayView2<'_, R>) -> (Array2<R>, Array2<R>) {
+        let alpha_s = self.alpha() * R::constant(self.config.scaling);
+        let mut delta = Array2::from_elem(base.dim(), R::constant(0.0));
+        let mut weighted = delta.clone();
+        for ((u, j), &w) in base.indexed_iter() {
+            let first = self.first_rank(u, b.ncols());
+            for k in 0..b.ncols() {
+                delta[[u, j]] = delta[[u, j]] + b[[u, k]] * a[[first + k, j]];
+            }
+            weighted[[u, j]] = self.beta() * w + alpha_s * delta[[u, j]]; // E9
+        }
+        (delta, weighted)
+    }
+
     fn weights(&self) -> Weights<R> {
-        let (units, fan_in) = (self.operator.units(), self.operator.fan_in());
         let zero = R::constant(0.0);
         let base = self.operator.weight_matrix(self.base.weight.view()).to_owned();
         let (a, b) = (as_matrix(&self.adapter.lora_a), as_matrix(&self.adapter.lora_b));
-        let alpha_s = self.alpha() * R::constant(self.config.scaling);
-        let mut delta = Array2::from_elem((units, fan_in), zero);
-        let mut weighted = delta.clone();
-        for u in 0..units {
-            let first = self.first_rank(u, b.ncols());
-            for j in 0..fan_in {
-                for k in 0..b.ncols() {
-                    delta[[u, j]] = delta[[u, j]] + b[[u, k]] * a[[first + k, j]];
-                }
-                weighted[[u, j]] = self.beta() * base[[u, j]] + alpha_s * delta[[u, j]]; // E9
+        let (delta, weighted) = self.weighted(&base, a, b);
+        // The norm sees A and W0 themselves; what is looked up moves by the operator's fraction of their changes.
+        let looked_up = match self.operator.gradient_fraction::<f64>(self.input) {
+            None => weighted.clone(),
+            Some(fraction) => {
+                let damp = |matrix: ArrayView2<'_, R>| {
+                    let columns = |((_, j), &w): ((usize, usize), &R)| w.damped(fraction[j]);
+                    let damped: Vec<R> = matrix.indexed_iter().map(columns).collect();
+                    Array2::from_shape_vec(matrix.dim(), damped).expect("as many as before")
+                };
+                self.weighted(&damp(base.view()), damp(a).view(), b).1 // E41
             }
-        }
+        };
         let Some(magnitude) = &self.adapter.magnitude else {
-            let merged = weighted.clone();
+            let merged = looked_up;
             return Weights { base, delta, weighted, norms: None, merged };
         };
         let m = flat(magnitude);
@@ -158,7 +178,7 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
             Some(frozen) => frozen.to_vec(),
             None => norm.iter().map(plus_eps).collect(), // E10
         };
-        let mut merged = weighted.clone();
+        let mut merged = looked_up;
         for ((u, j), w) in merged.indexed_iter_mut() {
             let i = self.norm_index(u, j);
             *w = gain(m[i], n[i]) * *w; // E12

@@ -1,0 +1,31 @@
+//! The derivative along a direction by one evaluation on dual numbers: exact to rounding.
+
+use super::function::{Along, Direction, Function};
+use super::{Estimate, SLACK};
+use crate::case::Tensors;
+use crate::{Dual, DualTensors, Real, Result, Scalar};
+use ndarray::ArrayD;
+
+/// Dual numbers through a function's forward, `<dy, y>` at one point.
+pub(super) struct Duals<'a> {
+    pub function: &'a dyn Function,
+    pub inputs: &'a Tensors,
+    pub cotangent: &'a ArrayD<f64>,
+}
+
+impl Duals<'_> {
+    /// The derivative along a direction through a tensor, `roundings` unit roundoffs off; `None` where the function
+    /// has no forward on dual numbers.
+    pub fn along(&self, tensor: &str, direction: &Direction, roundings: impl Fn(f64) -> f64) -> Result<Option<Along>> {
+        let mut inputs: DualTensors =
+            self.inputs.iter().map(|(name, values)| (name.clone(), values.mapv(Dual::constant))).collect();
+        let moving = inputs.get_mut(tensor).expect("an input").as_slice_mut().expect("standard layout");
+        direction.iter().for_each(|&(element, sign)| moving[element].eps = sign);
+        let Some(y) = self.function.forward_dual(&inputs)? else { return Ok(None) };
+        let outputs = y.iter().zip(self.cotangent).map(|(y, dy)| y.eps * dy);
+        let (value, squares) = outputs.fold((0.0, 0.0), |(sum, squares), term| (sum + term, squares + term * term));
+        let terms = squares.sqrt();
+        let estimate = Estimate { value, uncertainty: SLACK * f64::UNIT_ROUNDOFF * roundings(terms) };
+        Ok(Some(Along { estimate, terms }))
+    }
+}
