@@ -83,9 +83,10 @@ fn as_table(reports: &[CaseReport]) -> String {
     let mut table = table(&columns.chain(["verdict"]).collect::<Vec<_>>());
     for report in reports {
         for tensor in &report.tensors {
-            let (place, ours) = tensor.worst.as_ref().map_or_else(Default::default, |worst| {
-                (format!("{:?}", worst.index), format!("{:.6e}", worst.ours))
-            });
+            let (place, ours) = tensor
+                .worst
+                .as_ref()
+                .map_or_else(Default::default, |worst| (format!("{:?}", worst.index), format!("{:.6e}", worst.ours)));
             let said = Witness::ALL.map(|witness| {
                 let says = tensor.witness(witness);
                 says.map_or_else(String::new, |says| format!("{:.0e} of {:.0e}", says.worst.error, says.worst.budget))

@@ -9,21 +9,30 @@
 //! # Ok::<(), woracle::Error>(())
 //! ```
 
-use super::SLACK;
-use super::function::{Along, Direction, Function};
+use super::RESOLUTION;
+use super::function::{Along, Direction, Function, sum};
 use crate::case::Tensors;
 use crate::{Result, Scalar};
 use ndarray::ArrayD;
 use serde::Serialize;
 
 /// Steps of the ladder where the function is curved.
-const RUNGS: usize = 9;
+const RUNGS: i32 = 9;
+/// Where the ladder begins again if it says too little, in parts of the first start: a few outputs may curve more than
+/// all of them together do.
+const RETRIES: [f64; 2] = [1.0 / 8.0, 1.0 / 64.0];
 /// The ladder starts where halving the step changes the outputs' differences by less than this part of them:
 /// within about a quarter of the radius of convergence.
 const CURVATURE: f64 = 1.0 / 16.0;
 /// The step where the function is affine, in parts of the tensor's largest element: there is no truncation error,
 /// so the step is large.
 const AFFINE_STEP: f64 = 16.0;
+/// The first step tried where it is not, in the same parts: rounding weighs less the larger the step.
+const START: f64 = 8.0;
+
+/// How many times the rounding error to expect each output may be off by itself; the sum over outputs is what
+/// counts, and the spread of the ladder sees the rest.
+const NOISE: f64 = 2.0;
 
 /// A value and how far off it may be.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -47,7 +56,8 @@ pub struct Rung {
 
 /// Ridders' extrapolation: `central(h)` at h, h/2, h/4, ... (`rungs` of them), each column of the tableau
 /// removing one more even power of h. The entry with the smallest error estimate wins: the distance to its
-/// neighbours plus the rounding that `central` reports, which the extrapolation at most doubles.
+/// neighbours plus the rounding that `central` reports, which the extrapolation makes half as large again (it at
+/// most doubles it, but errors at different steps are independent).
 ///
 /// # Errors
 ///
@@ -76,7 +86,7 @@ fn extrapolate(rungs: &[Estimate], powers: Powers) -> Estimate {
             let power = 2f64.powi(2 * column as i32 - i32::from(powers == Powers::Odd));
             let extrapolated = (power * row[column - 1] - previous[column - 1]) / (power - 1.0);
             let spread = (extrapolated - row[column - 1]).abs().max((extrapolated - previous[column - 1]).abs());
-            let uncertainty = spread + 2.0 * rounding;
+            let uncertainty = spread + 1.5 * rounding;
             if uncertainty < best.uncertainty {
                 best = Estimate { value: extrapolated, uncertainty };
             }
@@ -108,6 +118,9 @@ struct Difference {
     outputs: Vec<f64>,
     /// The sum of the outputs' rounding errors.
     noise: f64,
+    /// The root of the summed squares of the outputs that the element reaches, over the tensor's scale: the numbers
+    /// that a difference is the difference of.
+    reached: f64,
 }
 
 impl Differences<'_> {
@@ -132,19 +145,31 @@ impl Differences<'_> {
             let rungs = [&far, &near].map(|difference| difference.rung(estimate.value)).to_vec();
             return Ok((Along { estimate, terms: far.terms() }, rungs));
         }
-        let mut wide = at(scale / 2.0)?;
-        loop {
+        let mut wide = at(START * scale)?;
+        let start = loop {
             let narrow = at(wide.step / 2.0)?;
             if wide.curvature(&narrow) <= CURVATURE || wide.step < f64::EPSILON * scale {
-                break;
+                break wide.step;
             }
             wide = narrow;
-        }
+        };
         let terms = wide.terms();
-        let mut rungs = vec![wide];
-        while rungs.len() < RUNGS {
-            rungs.push(at(rungs[rungs.len() - 1].step / 2.0)?);
+        let (mut best, mut rungs) = self.climb(&mut at, start)?;
+        for factor in RETRIES {
+            if best.uncertainty <= RESOLUTION / 2.0 * terms.max(best.value.abs()) {
+                break;
+            }
+            let (estimate, other) = self.climb(&mut at, factor * start)?;
+            if estimate.uncertainty < best.uncertainty {
+                (best, rungs) = (estimate, other);
+            }
         }
+        Ok((Along { estimate: best, terms }, rungs))
+    }
+
+    /// The ladder from this step down.
+    fn climb(&self, at: &mut impl FnMut(f64) -> Result<Difference>, start: f64) -> Result<(Estimate, Vec<Rung>)> {
+        let rungs: Vec<_> = (0..RUNGS).map(|rung| at(start / 2f64.powi(rung))).collect::<Result<_>>()?;
         let pick = |field: fn(&Difference) -> Estimate| rungs.iter().map(field).collect::<Vec<_>>();
         let mut estimate = extrapolate(&pick(|difference| difference.central), Powers::Even);
         // Where the slopes on both sides differ however small the step, there is no derivative to agree with.
@@ -152,8 +177,7 @@ impl Differences<'_> {
         if jump.value.abs() > jump.uncertainty || jump.value.is_nan() {
             estimate.uncertainty += jump.value.abs();
         }
-        let rungs = rungs.iter().map(|difference| difference.rung(estimate.value)).collect();
-        Ok((Along { estimate, terms }, rungs))
+        Ok((estimate, rungs.iter().map(|difference| difference.rung(estimate.value)).collect()))
     }
 
     fn difference(
@@ -185,23 +209,23 @@ impl Differences<'_> {
                 if moved == 0.0 { 0.0 } else { moved * gradient[element] / width }
             })
             .sum();
-        let (mut value, mut jump) = (0.0, 0.0);
-        let (mut squares, mut jump_squares, mut noise) = (0.0, 0.0, 0.0);
+        let mut jumps = Vec::with_capacity(plus.len());
+        let (mut squares, mut jump_squares, mut noise, mut reached) = (0.0, 0.0, 0.0, 0.0);
         let mut outputs = Vec::with_capacity(plus.len());
         let all = plus.iter().zip(&minus).zip(self.y).zip(self.cotangent).zip(self.roundings);
         for ((((&plus, &minus), &here), &dy), &roundings) in all {
             // Subtracted before it is multiplied by the cotangent: one rounding less, and outputs that
             // the element does not reach drop out exactly.
             let term = dy * (plus - minus) / width;
-            value += term;
             outputs.push(term);
-            jump += dy * ((plus - here) + (minus - here)) / step;
+            jumps.push(dy * ((plus - here) + (minus - here)) / step);
             // Terms that grow with the step round as much as it is larger than what was there.
             let rounding = roundings * (1.0 + step / scale) + plus.abs() + minus.abs();
-            let rounding = SLACK * f64::UNIT_ROUNDOFF * dy.abs() * rounding / width;
+            let rounding = NOISE * f64::UNIT_ROUNDOFF * dy.abs() * rounding / width;
             if plus != minus {
                 squares += rounding.powi(2); // outputs are rounded independently of each other
                 noise += rounding;
+                reached += (dy * here / scale).powi(2);
             }
             if plus != here || minus != here {
                 jump_squares += (4.0 * rounding).powi(2);
@@ -209,26 +233,26 @@ impl Differences<'_> {
         }
         Ok(Difference {
             step,
-            central: Estimate { value: value - misplaced, uncertainty: squares.sqrt() },
-            jump: Estimate { value: jump, uncertainty: jump_squares.sqrt() },
+            central: Estimate { value: sum(outputs.iter().copied()) - misplaced, uncertainty: squares.sqrt() },
+            jump: Estimate { value: sum(jumps), uncertainty: jump_squares.sqrt() },
             outputs,
             noise,
+            reached: reached.sqrt(),
         })
     }
 }
 
 impl Difference {
-    /// The root of the summed squares of the contributions.
+    /// The root of the summed squares of the contributions, or of what they are differences of.
     fn terms(&self) -> f64 {
-        self.outputs.iter().map(|term| term * term).sum::<f64>().sqrt()
+        self.outputs.iter().map(|term| term * term).sum::<f64>().sqrt().max(self.reached)
     }
 
     /// How much the contributions change when the step is halved, in parts of themselves, beyond rounding.
     fn curvature(&self, narrow: &Difference) -> f64 {
-        let sum = |terms: &mut dyn Iterator<Item = f64>| terms.map(f64::abs).sum::<f64>();
-        let change = sum(&mut self.outputs.iter().zip(&narrow.outputs).map(|(wide, narrow)| wide - narrow));
+        let change = self.outputs.iter().zip(&narrow.outputs).map(|(wide, narrow)| (wide - narrow).abs()).sum::<f64>();
         let beyond = (change - narrow.noise).max(0.0);
-        if beyond == 0.0 { 0.0 } else { beyond / sum(&mut narrow.outputs.iter().copied()) }
+        if beyond == 0.0 { 0.0 } else { beyond / narrow.outputs.iter().map(|term| term.abs()).sum::<f64>() }
     }
 
     fn rung(&self, estimate: f64) -> Rung {

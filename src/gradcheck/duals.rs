@@ -1,6 +1,6 @@
 //! The derivative along a direction by one evaluation on dual numbers: exact to rounding.
 
-use super::function::{Along, Direction, Function};
+use super::function::{Along, Direction, Function, sum};
 use super::{Estimate, SLACK};
 use crate::case::Tensors;
 use crate::{Dual, DualTensors, Real, Result, Scalar};
@@ -23,9 +23,8 @@ impl Duals<'_> {
         direction.iter().for_each(|&(element, sign)| moving[element].eps = sign);
         let Some(y) = self.function.forward_dual(&inputs)? else { return Ok(None) };
         let outputs = y.iter().zip(self.cotangent).map(|(y, dy)| y.eps * dy);
-        let (value, squares) = outputs.fold((0.0, 0.0), |(sum, squares), term| (sum + term, squares + term * term));
-        let terms = squares.sqrt();
-        let estimate = Estimate { value, uncertainty: SLACK * f64::UNIT_ROUNDOFF * roundings(terms) };
+        let terms = outputs.clone().map(|term| term * term).sum::<f64>().sqrt();
+        let estimate = Estimate { value: sum(outputs), uncertainty: SLACK * f64::UNIT_ROUNDOFF * roundings(terms) };
         Ok(Some(Along { estimate, terms }))
     }
 }

@@ -48,6 +48,17 @@ pub trait Function: Sync {
 /// A direction through a tensor: some of its elements, each with a speed.
 pub(super) type Direction = [(usize, f64)];
 
+/// A sum that is rounded as if once (Neumaier's): what is contracted here must not blur what is compared.
+pub(super) fn sum(terms: impl IntoIterator<Item = f64>) -> f64 {
+    let (mut sum, mut lost) = (0.0_f64, 0.0);
+    for term in terms {
+        let next = sum + term;
+        lost += if sum.abs() >= term.abs() { (sum - next) + term } else { (term - next) + sum };
+        sum = next;
+    }
+    sum + lost
+}
+
 /// A derivative along a direction.
 pub(super) struct Along {
     pub estimate: Estimate,
@@ -100,12 +111,7 @@ pub(super) struct Survey<'a> {
 
 impl Survey<'_> {
     /// What differences and dual numbers say of a gradient; `also` is an element that they must look at.
-    pub fn testimonies(
-        &self,
-        tensor: &str,
-        gradient: &ArrayD<f64>,
-        also: Option<usize>,
-    ) -> Result<Vec<Testimony>> {
+    pub fn testimonies(&self, tensor: &str, gradient: &ArrayD<f64>, also: Option<usize>) -> Result<Vec<Testimony>> {
         let gradient: Vec<f64> = gradient.iter().copied().collect();
         let directions = self.directions(tensor, gradient.len(), also);
         let roundings = self.roundings_of_y();
@@ -186,7 +192,7 @@ impl Survey<'_> {
 
     fn point(&self, tensor: &str, direction: &Direction, gradient: &[f64], along: Along) -> Point {
         let Along { estimate: Estimate { value, uncertainty }, terms } = along;
-        let ours: f64 = direction.iter().map(|&(element, sign)| sign * gradient[element]).sum();
+        let ours = sum(direction.iter().map(|&(element, sign)| sign * gradient[element]));
         let (roundings, size) = self.expected(tensor, direction, gradient, terms);
         let size = size.max(value.abs());
         let budget = uncertainty + SLACK * f64::UNIT_ROUNDOFF * roundings;
@@ -196,19 +202,19 @@ impl Survey<'_> {
 
     /// The rounding error to expect of the gradient along a direction, in unit roundoffs, and its size.
     fn expected(&self, tensor: &str, direction: &Direction, gradient: &[f64], terms: f64) -> (f64, f64) {
-        let ours: f64 = direction.iter().map(|&(element, sign)| sign * gradient[element]).sum();
+        let ours = sum(direction.iter().map(|&(element, sign)| sign * gradient[element]));
         let size = ours.abs().max(terms);
         let Some(expected) = self.expected.and_then(|expected| expected.get(&format!("grad.{tensor}"))) else {
             return (GUESS * size, size);
         };
         let expected = expected.as_slice().expect("standard layout");
-        let sum = match *direction {
+        let expected = match *direction {
             [(element, _)] => expected[element],
             _ => direction.iter().fold(Rounded::exact(0.0), |sum, &(element, sign)| {
                 if sign > 0.0 { sum + expected[element] } else { sum - expected[element] }
             }),
         };
-        (sum.roundings(), size.max(sum.size()))
+        (expected.roundings(), size.max(expected.size()))
     }
 
     /// The rounding error to expect of each output.

@@ -71,7 +71,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { seed: 0, large: 10_000, samples: 4, directions: 2 }
+        Self { seed: 0, large: 4_000, samples: 4, directions: 2 }
     }
 }
 
@@ -123,7 +123,7 @@ fn examine(subject: &dyn Subject, case: &Case, options: Options) -> Result<(Vec<
         let budget = |unit: f64| expected[name].mapv(|expected: Rounded| SLACK * unit * expected.roundings());
         let definition = Testimony::of_all(Witness::Definition, ours, defined, &budget(f64::UNIT_ROUNDOFF));
         let also = definition.worst().and_then(|worst| worst.index);
-        let single = Testimony::of_all(Witness::F32, single, ours, &budget(f32::UNIT_ROUNDOFF));
+        let single = Testimony::of_all(Witness::F32, ours, single, &budget(f32::UNIT_ROUNDOFF));
         let mut testimonies = vec![definition, single];
         if let Some(tensor) = name.strip_prefix("grad.")
             && ours.shape() == defined.shape()
@@ -143,7 +143,10 @@ fn examine(subject: &dyn Subject, case: &Case, options: Options) -> Result<(Vec<
         laws.push(Law { name: "ids get no gradient", holds: !ours.contains_key("grad.x") });
     }
     if case.settings::<Config>()?.has_norm() {
-        laws.push(Law { name: "detached and full gradient differ", holds: norm_counts(subject, case, &defined, &expected)? });
+        laws.push(Law {
+            name: "detached and full gradient differ",
+            holds: norm_counts(subject, case, &defined, &expected)?,
+        });
     }
     Ok((tensors, laws))
 }

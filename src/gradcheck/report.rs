@@ -96,7 +96,8 @@ impl fmt::Display for CaseReport {
                     ));
                 }
                 if !comparison.ladder.is_empty() {
-                    lines.push(format!("  {:>10}  {:>24}  {:>12}  {:>12}", "step", "difference", "to limit", "to ours"));
+                    lines
+                        .push(format!("  {:>10}  {:>24}  {:>12}  {:>12}", "step", "difference", "to limit", "to ours"));
                 }
                 for rung in &comparison.ladder {
                     let to_ours = (rung.value - at.ours).abs();
