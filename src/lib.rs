@@ -20,6 +20,7 @@ pub mod case;
 pub mod cases;
 pub mod gradcheck;
 pub mod matmul;
+pub mod mistakes;
 pub mod operators;
 pub mod oracle;
 pub mod registry;

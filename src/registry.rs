@@ -10,6 +10,7 @@ use crate::case::{Case, Tensor, Tensors};
 use crate::cases::{CONV1D, CONV2D, CONV3D, EMBEDDING, LINEAR, Spec, draw};
 use crate::error::check_shape;
 use crate::operators::{Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operator};
+use crate::mistakes::{Anchor, DualForward, Evaluated, Formula, Mistake, matrix};
 use crate::wora::{
     Adapter, Base, Config, Definition, Evaluation, Gradients, Layer, Method, NormGradient, RequiresGrad, SCALE_NAMES,
     check_mask,
@@ -126,6 +127,22 @@ pub trait Subject: Sync {
     ///
     /// As [`Subject::evaluate`].
     fn is_gradient_of_the_loss(&self, case: &Case) -> Result<bool>;
+    /// y of a formula, right or mistaken, as a function of dual numbers that take the place of the case's tensors;
+    /// where the formula holds its norm, it is held at that of the case. `None` where the mistake cannot be made.
+    ///
+    /// # Errors
+    ///
+    /// As [`Subject::evaluate`].
+    fn formula(&self, formula: &Formula, case: &Case) -> Result<Option<DualForward>>;
+    /// y and the gradients of someone who makes this mistake; `None` where it cannot be made.
+    ///
+    /// # Errors
+    ///
+    /// As [`Subject::evaluate`].
+    fn mistaken(&self, mistake: &Mistake, case: &Case) -> Result<Option<Tensors>> {
+        let evaluate = |formula: &Formula, case: &Case| self.formula(formula, case);
+        mistake.evaluate(case, self.lora_names(), &self.define(case)?, &evaluate)
+    }
     /// What the low-rank pair is called: A, then B.
     fn lora_names(&self) -> [&'static str; 2];
     /// Whether that forward is affine in this tensor alone.
@@ -323,6 +340,30 @@ impl<O: Operator> Subject for Adapted<O> {
         }
         let y = y.into_shape_with_order(adapted.shape()).expect("as many outputs as the adapted layer's");
         Ok(RoundTrip { adapted, merged: y, restored: layer.unmerge(&merged) })
+    }
+    fn formula(&self, formula: &Formula, case: &Case) -> Result<Option<DualForward>> {
+        let constant = |_: &str, values: ArrayViewD<'_, f64>| values.mapv(Dual::constant);
+        let mut anchor = Self::with_definition(
+            case,
+            |_, values| values.to_owned(),
+            |here, _| Anchor {
+                settings: case.settings.clone(),
+                weight_norm: None,
+                base: here.operator.weight_matrix(here.base.weight.view()).to_owned(),
+                lora_a: matrix(&here.adapter.lora_a),
+            },
+        )?;
+        let here = Self::with_definition(case, constant, |here, _| formula.evaluate(&here, &anchor))??;
+        let Some(Evaluated { weight_norm, .. }) = here else { return Ok(None) };
+        anchor.weight_norm = Some(weight_norm.into_iter().map(Real::value).collect());
+        let (formula, case) = (*formula, case.clone());
+        Ok(Some(Box::new(move |inputs| {
+            let lift = |name: &str, values: ArrayViewD<'_, f64>| {
+                inputs.get(name).cloned().unwrap_or_else(|| values.mapv(Dual::constant))
+            };
+            let there = Self::with_definition(&case, lift, |there, _| formula.evaluate(&there, &anchor))??;
+            Ok(there.expect("a formula that has been evaluated at the case").y)
+        })))
     }
     fn is_gradient_of_the_loss(&self, case: &Case) -> Result<bool> {
         let Parts { layer, x, .. } = Self::parts::<f64>(case)?;

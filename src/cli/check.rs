@@ -1,6 +1,6 @@
 //! `wora check [FILTER]`: the hand-derived backward of every layer against its witnesses.
 
-use super::{Outcome, print, progress, table};
+use super::{Outcome, mistakes, print, progress, table};
 use rayon::prelude::*;
 use serde_json::json;
 use woracle::gradcheck::{CaseReport, Options, TensorReport, Verdict, Witness, check};
@@ -12,7 +12,11 @@ use woracle::{Error, Result};
 pub struct Args {
     /// Only the case of this name, or the cases whose names contain this
     filter: Option<String>,
-    /// List the cases, one a line, and check nothing
+    /// Put the checker itself on trial: every known mistake in every layer's place, to see who contradicts it.
+    /// FILTER is part of a mistake's id
+    #[arg(long)]
+    mistakes: bool,
+    /// List the cases, or the mistakes, one a line, and check nothing
     #[arg(long)]
     list: bool,
     /// The seed of the cases' numbers
@@ -28,6 +32,13 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<Outcome> {
     let filter = args.filter.as_deref().unwrap_or("");
+    if args.mistakes && args.list {
+        print(&mistakes::list())?;
+        return Ok(Outcome::Good);
+    }
+    if args.mistakes {
+        return mistakes::run(filter, args.seed, args.verbose, args.json);
+    }
     let all = || LAYERS.iter().flat_map(|&layer| layer.specs().iter().map(move |spec| (layer, spec)));
     let exact = all().any(|(_, spec)| spec.name == filter);
     let fits = |name: &str| if exact { name == filter } else { name.contains(filter) };

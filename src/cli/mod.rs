@@ -2,6 +2,7 @@
 //! checked, 2 it could not be checked.
 
 mod check;
+mod mistakes;
 mod verify;
 
 use clap::{Parser, Subcommand};

@@ -40,11 +40,13 @@ mod duals;
 mod function;
 mod identities;
 mod report;
+mod trial;
 
 pub use comparison::{Comparison, Element, Said, TensorReport, Verdict, Witness, Worst};
 pub use differences::{Estimate, Rung, ladder};
 pub use function::{Function, gradcheck};
 pub use report::{CaseReport, Law};
+pub use trial::{Trial, report, try_mistake};
 
 use crate::case::{Case, Tensor, Tensors};
 use crate::registry::{Forward, Precision, Subject};

@@ -1,0 +1,111 @@
+//! `wora check --mistakes [FILTER]`: the checker on trial.
+
+use super::{Outcome, print, progress, table};
+use rayon::prelude::*;
+use serde_json::json;
+use woracle::gradcheck::{Trial, Witness, try_mistake};
+use woracle::mistakes::{MISTAKES, Mistake};
+use woracle::registry::LAYERS;
+use woracle::{Error, Result};
+
+/// One mistake in every layer that it can be made in.
+struct Row {
+    mistake: &'static Mistake,
+    trials: Vec<Trial>,
+}
+
+impl Row {
+    fn killed(&self) -> bool {
+        !self.trials.is_empty() && self.trials.iter().all(|trial| trial.case.is_some())
+    }
+    fn place(&self) -> &'static str {
+        match (self.mistake.is_in_forward(), self.mistake.is_in_backward()) {
+            (true, true) => "both",
+            (true, false) => "forward",
+            _ => "backward",
+        }
+    }
+}
+
+pub fn run(filter: &str, seed: u64, verbose: bool, as_json: bool) -> Result<Outcome> {
+    let exact = MISTAKES.iter().any(|mistake| mistake.id == filter);
+    let fits = |id: &str| if exact { id == filter } else { id.contains(filter) };
+    let chosen: Vec<_> = MISTAKES.iter().filter(|mistake| fits(mistake.id)).collect();
+    if chosen.is_empty() {
+        let expected = "part of a mistake's id (wora check --mistakes --list)".into();
+        return Err(Error::Unknown { what: "FILTER", expected, found: filter.into() });
+    }
+    let bar = progress(chosen.len());
+    let one = |mistake: &'static Mistake| {
+        let trials = mistake.layers.iter().map(|layer| try_mistake(mistake, layer, seed)).collect::<Result<_>>()?;
+        bar.set_message(mistake.id);
+        bar.inc(1);
+        Ok(Row { mistake, trials })
+    };
+    let rows: Vec<Row> = chosen.into_par_iter().map(one).collect::<Result<_>>()?;
+    bar.finish_and_clear();
+    print(&if as_json { json_of(&rows) } else { text_of(&rows, verbose) })?;
+    Ok(if rows.iter().all(Row::killed) { Outcome::Good } else { Outcome::Wrong })
+}
+
+/// The ids, one a line.
+pub fn list() -> String {
+    MISTAKES.iter().map(|mistake| mistake.id).collect::<Vec<_>>().join("\n")
+}
+
+fn text_of(rows: &[Row], verbose: bool) -> String {
+    let witnesses = Witness::ALL.map(|witness| witness.to_string());
+    let names = || witnesses.iter().map(String::as_str);
+    let header: Vec<_> = ["mistake", "in", "layers", "first case"].into_iter().chain(names()).chain(["verdict"]).collect();
+    let mut each = table(&header);
+    for row in rows {
+        let killed = row.trials.iter().filter(|trial| trial.case.is_some());
+        let first = killed.clone().find_map(|trial| trial.case).unwrap_or("");
+        let by = Witness::ALL.map(|witness| {
+            let layers = row.trials.iter().filter(|trial| trial.killed_by.contains(&witness)).count();
+            if layers == 0 { String::new() } else { layers.to_string() }
+        });
+        let layers = format!("{} of {}", killed.count(), row.trials.len());
+        let start = [row.mistake.id.to_string(), row.place().into(), layers, first.to_string()];
+        let verdict = if row.killed() { "killed" } else { "SURVIVES" };
+        each.add_row(start.into_iter().chain(by).chain([verdict.to_string()]));
+    }
+    let header: Vec<_> = ["layer", "mistakes"].into_iter().chain(names()).chain(["killed"]).collect();
+    let mut by_layer = table(&header);
+    for layer in LAYERS {
+        let trials: Vec<_> = rows.iter().flat_map(|row| &row.trials).filter(|t| t.layer == layer.name()).collect();
+        let by = Witness::ALL.map(|witness| trials.iter().filter(|t| t.killed_by.contains(&witness)).count());
+        let killed = trials.iter().filter(|trial| trial.case.is_some()).count();
+        let start = [layer.name().to_string(), trials.len().to_string()];
+        by_layer.add_row(start.into_iter().chain(by.map(|count| count.to_string())).chain([killed.to_string()]));
+    }
+    let mut text = format!("{each}\nUnder each witness: in how many layers it contradicts the mistake.\n{by_layer}");
+    for row in rows.iter().filter(|row| verbose || !row.killed()) {
+        let Mistake { id, wrong, seen, section, .. } = row.mistake;
+        text += &format!("\n{id}: {wrong}\n  seen: {seen}; SPEC.md, section {section}");
+        for trial in &row.trials {
+            let by = trial.killed_by.iter().map(Witness::to_string).collect::<Vec<_>>().join(", ");
+            text += &match trial.case {
+                Some(case) => format!("\n  {}: killed in {case} by {by}", trial.layer),
+                None => format!("\n  {}: SURVIVES {} cases that it changes", trial.layer, trial.tried),
+            };
+        }
+    }
+    text + &format!("\n{} / {} mistakes killed", rows.iter().filter(|row| row.killed()).count(), rows.len())
+}
+
+fn json_of(rows: &[Row]) -> String {
+    let mistakes = rows.iter().map(|row| {
+        let Mistake { id, wrong, seen, section, .. } = row.mistake;
+        json!({
+            "id": id, "wrong": wrong, "seen": seen, "section": section, "in": row.place(),
+            "killed": row.killed(), "trials": row.trials,
+        })
+    });
+    json!({
+        "mistakes": mistakes.collect::<Vec<_>>(),
+        "killed": rows.iter().filter(|row| row.killed()).count(),
+        "total": rows.len(),
+    })
+    .to_string()
+}

@@ -1,0 +1,155 @@
+//! The checker on trial: every mistake of the bank put in a layer's place, to see which witness says so.
+
+use super::report::CaseReport;
+use super::{Options, Verdict, Witness, check};
+use crate::case::{Case, Tensor, Tensors};
+use crate::cases::Spec;
+use crate::mistakes::{DualForward, Formula, Mistake};
+use crate::registry::{Forward, Precision, RoundTrip, Subject, layer};
+use crate::{Dual, DualTensors, Error, Real, Result, Rounded};
+use ndarray::ArrayD;
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// What became of a mistake in one layer.
+#[derive(Clone, Debug, Serialize)]
+pub struct Trial {
+    /// The mistake's id.
+    pub mistake: &'static str,
+    /// The layer it was put in.
+    pub layer: &'static str,
+    /// The first case in which the witnesses that must see it do; `None` where it survived every case.
+    pub case: Option<&'static str>,
+    /// Who contradicts it in that case.
+    pub killed_by: Vec<Witness>,
+    /// In how many cases it was tried: those before it changed nothing, or were not seen through.
+    pub tried: usize,
+}
+
+/// Cases with more elements than this are left out: every gradient of a mistake is taken an element at a time.
+const SMALL: usize = 1500;
+
+/// Puts a mistake in this layer's place, in one small case after the other, until it is killed.
+///
+/// A mistake in y must be contradicted by the definition at y; one in the backward by differences *and* by dual
+/// numbers.
+///
+/// # Errors
+///
+/// A layer that the registry does not have, or that refuses its own case.
+pub fn try_mistake(mistake: &'static Mistake, layer_name: &str, seed: u64) -> Result<Trial> {
+    let subject = layer(layer_name)?;
+    let mut trial = Trial { mistake: mistake.id, layer: subject.name(), case: None, killed_by: vec![], tried: 0 };
+    for spec in subject.specs() {
+        let case = subject.draw(spec, seed);
+        let elements: usize = case.tensors.values().map(|tensor| tensor.shape().iter().product::<usize>()).sum();
+        if elements > SMALL {
+            continue;
+        }
+        let Some(report) = report(mistake, subject, &case, seed)? else { continue };
+        trial.tried += 1;
+        let y = report.tensors.iter().find(|tensor| tensor.name == "y").and_then(|y| y.witness(Witness::Definition));
+        let forward = y.is_some_and(|y| y.verdict == Verdict::Disagree);
+        let backward = report.contradicts(Witness::Differences) && report.contradicts(Witness::Duals);
+        if (forward || !mistake.is_in_forward()) && (backward || !mistake.is_in_backward()) {
+            trial.case = Some(spec.name);
+            trial.killed_by = Witness::ALL.into_iter().filter(|&witness| report.contradicts(witness)).collect();
+            break;
+        }
+    }
+    Ok(trial)
+}
+
+/// What the checker says of a mistake in one case; `None` where it cannot be made or changes nothing.
+///
+/// # Errors
+///
+/// As [`try_mistake`].
+pub fn report(
+    mistake: &'static Mistake,
+    subject: &'static dyn Subject,
+    case: &Case,
+    seed: u64,
+) -> Result<Option<CaseReport>> {
+    let Some(wrong) = subject.mistaken(mistake, case)? else { return Ok(None) };
+    let mut results = subject.define(case)?;
+    let differs = |(name, wrong): (&String, &ArrayD<f64>)| {
+        let right = &results[name];
+        let largest = right.iter().chain(wrong).fold(0.0, |largest: f64, value| largest.max(value.abs()));
+        wrong.iter().zip(right).any(|(wrong, right)| !((wrong - right).abs() <= 1e-9 * largest))
+    };
+    if !wrong.iter().any(differs) {
+        return Ok(None);
+    }
+    results.extend(wrong);
+    let forward = mistake.is_in_forward().then_some(&mistake.forward);
+    let mistaken = Mistaken { subject, forward, results };
+    // Directions through all elements see what samples miss.
+    let options = Options { seed, large: 0, samples: 3, directions: 2 };
+    Ok(Some(check(&mistaken, case, options)))
+}
+
+/// A layer whose production path makes a mistake; the witnesses know the right one.
+struct Mistaken {
+    subject: &'static dyn Subject,
+    /// Its y, where it is another.
+    forward: Option<&'static Formula>,
+    results: Tensors,
+}
+
+impl Subject for Mistaken {
+    fn name(&self) -> &'static str {
+        self.subject.name()
+    }
+    fn specs(&self) -> &'static [Spec] {
+        self.subject.specs()
+    }
+    fn draw(&self, spec: &Spec, seed: u64) -> Case {
+        self.subject.draw(spec, seed)
+    }
+    fn evaluate(&self, _case: &Case, _precision: Precision) -> Result<Tensors> {
+        Ok(self.results.clone())
+    }
+    fn define(&self, case: &Case) -> Result<Tensors> {
+        self.subject.define(case)
+    }
+    fn roundings(&self, case: &Case) -> Result<BTreeMap<String, ArrayD<Rounded>>> {
+        self.subject.roundings(case)
+    }
+    fn dual(&self, case: &Case, inputs: &DualTensors) -> Result<ArrayD<Dual>> {
+        self.subject.dual(case, inputs)
+    }
+    fn surrogate(&self, case: &Case) -> Result<Forward> {
+        let Some(formula) = self.forward else { return self.subject.surrogate(case) };
+        let forward = self.subject.formula(formula, case)?.ok_or_else(|| Error::Unknown {
+            what: "mistake",
+            expected: "one that can be made in this case".into(),
+            found: case.name.clone(),
+        })?;
+        Ok(Box::new(move |case| {
+            let floats = case.tensors.iter().filter_map(|(name, tensor)| match tensor {
+                Tensor::Float(values) => Some((name.clone(), values.mapv(Dual::constant))),
+                Tensor::Int(_) => None,
+            });
+            Ok(forward(&floats.collect())?.mapv(Real::value))
+        }))
+    }
+    fn merge(&self, case: &Case) -> Result<RoundTrip> {
+        self.subject.merge(case)
+    }
+    fn is_input(&self, case: &Case, tensor: &str) -> Result<bool> {
+        self.subject.is_input(case, tensor)
+    }
+    fn formula(&self, formula: &Formula, case: &Case) -> Result<Option<DualForward>> {
+        self.subject.formula(formula, case)
+    }
+    fn is_gradient_of_the_loss(&self, case: &Case) -> Result<bool> {
+        self.subject.is_gradient_of_the_loss(case)
+    }
+    fn lora_names(&self) -> [&'static str; 2] {
+        self.subject.lora_names()
+    }
+    fn is_affine(&self, case: &Case, tensor: &str) -> Result<bool> {
+        Ok(self.forward.is_none() && self.subject.is_affine(case, tensor)?)
+    }
+}
