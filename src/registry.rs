@@ -9,8 +9,8 @@
 use crate::case::{Case, Tensor, Tensors};
 use crate::cases::{CONV1D, CONV2D, CONV3D, EMBEDDING, LINEAR, Spec, draw};
 use crate::error::check_shape;
-use crate::operators::{Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operator};
 use crate::mistakes::{Anchor, DualForward, Evaluated, Formula, Mistake, matrix};
+use crate::operators::{Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operator};
 use crate::wora::{
     Adapter, Base, Config, Definition, Evaluation, Gradients, Layer, Method, NormGradient, RequiresGrad, SCALE_NAMES,
     check_mask,

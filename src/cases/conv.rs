@@ -56,6 +56,9 @@ pub const CONV1D: &[Spec] = &[
     Spec { config: LORA, dropout: Some(0.5), ..conv("conv1d-lora", &[2, 4, 7], &[6, 4, 3], PADDED) },
     Spec { alpha_beta: (1.25, 0.0), config: FULL, ..conv("conv1d-beta-0-full", &[2, 4, 7], &[6, 4, 3], PADDED) },
     Spec { twist: Twist::Cancelling, config: FULL, ..conv("conv1d-cancelling-full", &[2, 4, 7], &[6, 4, 3], PADDED) },
+    conv("conv1d-same-dilated", &[2, 4, 9], &[6, 4, 3], SAME_DILATED),
+    // As many channels in as out, so that a norm along the other axis is a wrong number and no wrong shape.
+    Spec { config: FULL, ..conv("conv1d-square-full", &[2, 4, 7], &[4, 4, 3], PADDED) },
     conv("conv1d-large-tiles", &[2, 3, 1200], &[20, 3, 5], r#"{"padding":2}"#),
     Spec { config: FULL, ..conv("conv1d-large-one-unit-full", &[1, 40, 700], &[1, 40, 3], PADDED) },
 ];
@@ -88,6 +91,7 @@ pub const CONV2D: &[Spec] = &[
         config: ZERO_UNIT,
         ..conv("conv2d-zero-unit-full", &[1, 4, 5, 5], &[6, 4, 3, 3], PADDED)
     },
+    Spec { config: FULL, ..conv("conv2d-square-full", &[1, 4, 5, 5], &[4, 4, 3, 2], PADDED) },
     // 900 positions, two tiles; 40 * 900 * 2 outputs, above the threshold of parallel passes.
     Spec { rank: 4, config: FULL, ..conv("conv2d-large-full", &[2, 20, 30, 30], &[40, 20, 3, 3], PADDED) },
     Spec {
@@ -126,6 +130,7 @@ pub const CONV3D: &[Spec] = &[
         ..conv("conv3d-everything-full", &[1, 4, 3, 3, 4], &[4, 2, 2, 2, 3], EVERYTHING)
     },
     Spec { dropout: Some(0.5), ..conv("conv3d-dropout", &[1, 2, 3, 3, 4], &[4, 2, 2, 2, 2], PADDED) },
+    Spec { config: FULL, ..conv("conv3d-square-full", &[1, 3, 3, 3, 3], &[3, 3, 2, 3, 2], PADDED) },
     // 2 tiles of 1000 positions.
     Spec { config: FULL, ..conv("conv3d-large-full", &[2, 6, 10, 10, 10], &[36, 6, 3, 3, 3], PADDED) },
 ];

@@ -56,6 +56,8 @@ pub const EMBEDDING: &[Spec] = &[
         ..PLAIN
     },
     Spec { name: "embedding-cancelling-full", twist: Twist::Cancelling, config: FULL, ..PLAIN },
+    // As many ids as dimensions, so that a norm along the other axis is a wrong number and no wrong shape.
+    Spec { name: "embedding-square-full", weight: &[6, 6], config: FULL, ..PLAIN },
     Spec { name: "embedding-large", ..LARGE },
     Spec { name: "embedding-large-everything-full", operator: ALL, config: FULL, ..LARGE },
     Spec { name: "embedding-large-cancelling", twist: Twist::Cancelling, ..LARGE },

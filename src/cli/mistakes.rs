@@ -56,7 +56,8 @@ pub fn list() -> String {
 fn text_of(rows: &[Row], verbose: bool) -> String {
     let witnesses = Witness::ALL.map(|witness| witness.to_string());
     let names = || witnesses.iter().map(String::as_str);
-    let header: Vec<_> = ["mistake", "in", "layers", "first case"].into_iter().chain(names()).chain(["verdict"]).collect();
+    let header: Vec<_> =
+        ["mistake", "in", "layers", "first case"].into_iter().chain(names()).chain(["verdict"]).collect();
     let mut each = table(&header);
     for row in rows {
         let killed = row.trials.iter().filter(|trial| trial.case.is_some());

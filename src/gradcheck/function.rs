@@ -214,7 +214,8 @@ impl Survey<'_> {
                 if sign > 0.0 { sum + expected[element] } else { sum - expected[element] }
             }),
         };
-        (expected.roundings(), size.max(expected.size()))
+        // No result is more exact than its own size allows.
+        (expected.roundings().max(ours.abs()), size.max(expected.size()))
     }
 
     /// The rounding error to expect of each output.

@@ -73,10 +73,10 @@ pub fn report(
 ) -> Result<Option<CaseReport>> {
     let Some(wrong) = subject.mistaken(mistake, case)? else { return Ok(None) };
     let mut results = subject.define(case)?;
+    let expected = subject.roundings(case)?;
     let differs = |(name, wrong): (&String, &ArrayD<f64>)| {
-        let right = &results[name];
-        let largest = right.iter().chain(wrong).fold(0.0, |largest: f64, value| largest.max(value.abs()));
-        wrong.iter().zip(right).any(|(wrong, right)| !((wrong - right).abs() <= 1e-9 * largest))
+        let elements = wrong.iter().zip(&results[name]).zip(&expected[name]);
+        elements.into_iter().any(|((wrong, right), expected)| !((wrong - right).abs() <= 1e-9 * expected.size()))
     };
     if !wrong.iter().any(differs) {
         return Ok(None);

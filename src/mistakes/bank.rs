@@ -198,14 +198,7 @@ pub static MISTAKES: &[Mistake] = &[
         "The adapted weight is V / n: m is left out.",
         "PEFT's merge with torchao",
     ),
-    forward(
-        "gain-inverted",
-        EVERY,
-        "4",
-        Formula { gain: Gain::Inverted, ..RIGHT },
-        "g is n / m.",
-        NEAR,
-    ),
+    forward("gain-inverted", EVERY, "4", Formula { gain: Gain::Inverted, ..RIGHT }, "g is n / m.", NEAR),
     forward(
         "gain-norm-twice",
         EVERY,

@@ -432,7 +432,9 @@ impl Formula {
         let n: Vec<R> = match &anchor.weight_norm {
             None => n,
             // A unit without a direction keeps its zero row.
-            Some(here) => n.iter().zip(here).map(|(&n, &here)| if held || here == 0.0 { R::constant(here) } else { n }).collect(),
+            Some(here) => {
+                n.iter().zip(here).map(|(&n, &here)| if held || here == 0.0 { R::constant(here) } else { n }).collect()
+            }
         };
         let gain = |u: usize, j: usize| {
             if !has_norm {
@@ -490,7 +492,9 @@ impl Formula {
         };
         // The same with W0 and A standing still: what an overwritten lookup has left of its gradient.
         let (still, still_delta) = match self.overwritten {
-            Overwritten::Ids => (moved(&w, &anchor.base, &|_| 0.0), product(moved(&a, &anchor.lora_a, &|_| 0.0).view())),
+            Overwritten::Ids => {
+                (moved(&w, &anchor.base, &|_| 0.0), product(moved(&a, &anchor.lora_a, &|_| 0.0).view()))
+            }
             _ => (looked_up.clone(), looked_up_delta.clone()),
         };
 

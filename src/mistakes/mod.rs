@@ -15,11 +15,11 @@ mod bank;
 mod formula;
 
 pub use bank::MISTAKES;
+pub(crate) use formula::{Anchor, Evaluated, matrix};
 pub use formula::{
     Bias, Delta, Eps, Formula, Gain, Learned, Norm, NormOf, NormPer, Output, Overwritten, Path, RIGHT, Scaling, Walk,
     Weighted,
 };
-pub(crate) use formula::{Anchor, Evaluated, matrix};
 
 use crate::case::{Case, Tensor, Tensors};
 use crate::{Dual, DualTensors, Error, Real, Result};
@@ -78,16 +78,8 @@ pub enum Parameter {
 
 impl Parameter {
     /// Every one of them.
-    pub const ALL: [Self; 8] = [
-        Self::X,
-        Self::Weight,
-        Self::Bias,
-        Self::LoraA,
-        Self::LoraB,
-        Self::Magnitude,
-        Self::Alpha,
-        Self::Beta,
-    ];
+    pub const ALL: [Self; 8] =
+        [Self::X, Self::Weight, Self::Bias, Self::LoraA, Self::LoraB, Self::Magnitude, Self::Alpha, Self::Beta];
 
     /// The name in a case file; `lora` names A and B.
     pub fn name(self, lora: [&'static str; 2]) -> &'static str {
