@@ -41,22 +41,22 @@ fn identities(subject: &dyn Subject, case: &Case) -> Result<Vec<Identity>> {
         list.push(Identity { tensor, left: left.clone(), right: right.clone() });
     };
     let one = |name| vec![(1.0, name)];
-    equal(a, &one(a), &one(of_lora)); // I1
-    equal(b, &one(b), &one(if has(alpha) { alpha } else { a })); // I1
+    equal(a, &one(a), &one(of_lora)); // E49
+    equal(b, &one(b), &one(if has(alpha) { alpha } else { a })); // E49
     if has(beta) && undropped {
-        equal(weight, &one(weight), &one(beta)); // I2
+        equal(weight, &one(weight), &one(beta)); // E50
     }
     if config.has_norm() && undropped {
-        equal(magnitude, &one(magnitude), &output); // I3
+        equal(magnitude, &one(magnitude), &output); // E51
     }
     if config.has_norm() && (has(beta) || undropped) && (!full || config.norm_eps == 0.0) {
         let radial = vec![(1.0, of_lora), (1.0, of_base)];
         let held = if full { vec![] } else { one(magnitude) };
-        equal(of_lora, &radial, &held); // I4, I5
-        equal(of_base, &radial, &held); // I4, I5
+        equal(of_lora, &radial, &held); // E52, E53
+        equal(of_base, &radial, &held); // E52, E53
     }
     if matches!(case.tensors.get(x), Some(Tensor::Float(_))) && undropped {
-        equal(x, &one(x), &output); // I6
+        equal(x, &one(x), &output); // E54
     }
     Ok(list)
 }

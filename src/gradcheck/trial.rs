@@ -76,7 +76,10 @@ pub fn report(
     let expected = subject.roundings(case)?;
     let differs = |(name, wrong): (&String, &ArrayD<f64>)| {
         let elements = wrong.iter().zip(&results[name]).zip(&expected[name]);
-        elements.into_iter().any(|((wrong, right), expected)| !((wrong - right).abs() <= 1e-9 * expected.size()))
+        elements.into_iter().any(|((wrong, right), expected)| {
+            let difference = (wrong - right).abs();
+            difference.is_nan() || difference > 1e-9 * expected.size()
+        })
     };
     if !wrong.iter().any(differs) {
         return Ok(None);

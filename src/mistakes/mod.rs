@@ -12,10 +12,11 @@
 //! ```
 
 mod bank;
+mod evaluate;
 mod formula;
 
 pub use bank::MISTAKES;
-pub(crate) use formula::{Anchor, Evaluated, matrix};
+pub(crate) use evaluate::{Anchor, Evaluated, matrix};
 pub use formula::{
     Bias, Delta, Eps, Formula, Gain, Learned, Norm, NormOf, NormPer, Output, Overwritten, Path, RIGHT, Scaling, Walk,
     Weighted,
