@@ -11,7 +11,7 @@
 //! 2. [`wora::Definition`]: the equation in plain loops, forward and backward.
 //! 3. [`operators`]: what x and W do to each other. They know nothing of adapters.
 //! 4. [`wora::Layer`]: the fast path, which never forms V, W' or dW'.
-//! 5. [`gradcheck`] and [`oracle`]: who says that all this is right.
+//! 5. [`gradcheck`] and [`oracle`]: who says that all this is right. [`mistakes`]: what they must see.
 //!
 //! The derivation of every line is in SPEC.md; `// E9` beside a line is the label of its formula there,
 //! `// C1` the constraint that a check enforces.

@@ -146,7 +146,10 @@ impl Point {
 
     pub fn verdict(&self) -> Verdict {
         // Written so that a budget that is not a number is exceeded by any error and is never narrow enough.
-        if self.error() > 0.0 && !matches!(self.error().partial_cmp(&self.budget), Some(order) if order.is_le()) {
+        if !self.ours.is_finite() {
+            Verdict::Disagree
+        } else if self.error() > 0.0 && !matches!(self.error().partial_cmp(&self.budget), Some(order) if order.is_le())
+        {
             Verdict::Disagree
         } else if self.budget <= self.widest {
             Verdict::Agree
@@ -158,6 +161,7 @@ impl Point {
     /// Error over budget: 0 without an error, infinite without a budget for it.
     pub fn excess(&self) -> f64 {
         match (self.error() == 0.0, self.error() / self.budget) {
+            _ if !self.ours.is_finite() => f64::INFINITY,
             (true, _) => 0.0,
             (false, ratio) if ratio.is_nan() => f64::INFINITY,
             (false, ratio) => ratio,

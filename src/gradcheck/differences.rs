@@ -30,6 +30,9 @@ const AFFINE_STEP: f64 = 16.0;
 /// The first step tried where it is not, in the same parts: rounding weighs less the larger the step.
 const START: f64 = 8.0;
 
+/// A step far below the ladder, in parts of its first, that must not contradict it: small enough to look between
+/// the last step and the point, large enough that its rounding is still far below the derivative.
+const FAR_BELOW: f64 = 1.0 / (1 << 20) as f64;
 /// How many times the rounding error to expect each output may be off by itself; the sum over outputs is what
 /// counts, and the spread of the ladder sees the rest.
 const NOISE: f64 = 2.0;
@@ -57,7 +60,7 @@ pub struct Rung {
 /// Ridders' extrapolation: `central(h)` at h, h/2, h/4, ... (`rungs` of them), each column of the tableau
 /// removing one more even power of h. The entry with the smallest error estimate wins: the distance to its
 /// neighbours plus the rounding that `central` reports, which the extrapolation makes half as large again (it at
-/// most doubles it, but errors at different steps are independent).
+/// most doubles it, but errors at different steps are independent), and no less than smaller steps contradict it by.
 ///
 /// # Errors
 ///
@@ -77,24 +80,46 @@ enum Powers {
 }
 
 /// The value at step 0 of a quantity known at a sequence of halved steps.
+///
+/// Each row of the tableau offers its most certain entry. Far from 0 two entries can be close by chance, so an offer
+/// is as uncertain as the rows below it, which know smaller steps, find it wrong.
 fn extrapolate(rungs: &[Estimate], powers: Powers) -> Estimate {
-    let mut best = Estimate { value: f64::NAN, uncertainty: f64::INFINITY };
+    let mut offers: Vec<Estimate> = Vec::new();
     let mut previous: Vec<f64> = Vec::new();
     for (rung, &Estimate { value, uncertainty: rounding }) in rungs.iter().enumerate() {
+        let mut offer = Estimate { value: f64::NAN, uncertainty: f64::INFINITY };
         let mut row = vec![value];
         for column in 1..=rung {
             let power = 2f64.powi(2 * column as i32 - i32::from(powers == Powers::Odd));
             let extrapolated = (power * row[column - 1] - previous[column - 1]) / (power - 1.0);
             let spread = (extrapolated - row[column - 1]).abs().max((extrapolated - previous[column - 1]).abs());
             let uncertainty = spread + 1.5 * rounding;
-            if uncertainty < best.uncertainty {
-                best = Estimate { value: extrapolated, uncertainty };
+            if uncertainty < offer.uncertainty {
+                offer = Estimate { value: extrapolated, uncertainty };
             }
             row.push(extrapolated);
         }
+        offers.push(offer);
         previous = row;
     }
-    best
+    let widened = |(row, offer): (usize, &Estimate)| Estimate {
+        uncertainty: offers[row + 1..]
+            .iter()
+            .fold(offer.uncertainty, |widest, below| offer.contradicted(below, widest)),
+        ..*offer
+    };
+    let offers = offers.iter().enumerate().map(widened);
+    offers.fold(Estimate { value: f64::NAN, uncertainty: f64::INFINITY }, |best, offer| {
+        if offer.uncertainty < best.uncertainty { offer } else { best }
+    })
+}
+
+impl Estimate {
+    /// The larger of `widest` and the distance to another estimate beyond what that one is uncertain by.
+    fn contradicted(&self, other: &Estimate, widest: f64) -> f64 {
+        let beyond = (self.value - other.value).abs() - other.uncertainty;
+        if beyond > widest { beyond } else { widest }
+    }
 }
 
 /// Differences of a function's forward, `<dy, y>` at one point.
@@ -170,8 +195,11 @@ impl Differences<'_> {
     /// The ladder from this step down.
     fn climb(&self, at: &mut impl FnMut(f64) -> Result<Difference>, start: f64) -> Result<(Estimate, Vec<Rung>)> {
         let rungs: Vec<_> = (0..RUNGS).map(|rung| at(start / 2f64.powi(rung))).collect::<Result<_>>()?;
+        let far_below = at(start * FAR_BELOW)?;
         let pick = |field: fn(&Difference) -> Estimate| rungs.iter().map(field).collect::<Vec<_>>();
         let mut estimate = extrapolate(&pick(|difference| difference.central), Powers::Even);
+        // A function may be straight for as far as the ladder reaches, and bend nearer than its last step.
+        estimate.uncertainty = estimate.contradicted(&far_below.central, estimate.uncertainty);
         // Where the slopes on both sides differ however small the step, there is no derivative to agree with.
         let jump = extrapolate(&pick(|difference| difference.jump), Powers::Odd);
         if jump.value.abs() > jump.uncertainty || jump.value.is_nan() {
@@ -210,10 +238,10 @@ impl Differences<'_> {
             })
             .sum();
         let mut jumps = Vec::with_capacity(plus.len());
-        let (mut squares, mut jump_squares, mut noise, mut reached) = (0.0, 0.0, 0.0, 0.0);
+        let (mut squares, mut jump_squares, mut noise, mut reached, mut all) = (0.0, 0.0, 0.0, 0.0, 0.0);
         let mut outputs = Vec::with_capacity(plus.len());
-        let all = plus.iter().zip(&minus).zip(self.y).zip(self.cotangent).zip(self.roundings);
-        for ((((&plus, &minus), &here), &dy), &roundings) in all {
+        let moved = plus.iter().zip(&minus).zip(self.y).zip(self.cotangent).zip(self.roundings);
+        for ((((&plus, &minus), &here), &dy), &roundings) in moved {
             // Subtracted before it is multiplied by the cotangent: one rounding less, and outputs that
             // the element does not reach drop out exactly.
             let term = dy * (plus - minus) / width;
@@ -222,6 +250,7 @@ impl Differences<'_> {
             // Terms that grow with the step round as much as it is larger than what was there.
             let rounding = roundings * (1.0 + step / scale) + plus.abs() + minus.abs();
             let rounding = NOISE * f64::UNIT_ROUNDOFF * dy.abs() * rounding / width;
+            all += (dy * here).powi(2);
             if plus != minus {
                 squares += rounding.powi(2); // outputs are rounded independently of each other
                 noise += rounding;
@@ -230,6 +259,11 @@ impl Differences<'_> {
             if plus != here || minus != here {
                 jump_squares += (4.0 * rounding).powi(2);
             }
+        }
+        if noise == 0.0 && jump_squares == 0.0 {
+            // Nothing moved: either nothing is reached, or by less than the outputs can hold.
+            squares = all * (f64::UNIT_ROUNDOFF / step).powi(2);
+            reached = all / (scale * scale);
         }
         Ok(Difference {
             step,
@@ -251,8 +285,14 @@ impl Difference {
     /// How much the contributions change when the step is halved, in parts of themselves, beyond rounding.
     fn curvature(&self, narrow: &Difference) -> f64 {
         let change = self.outputs.iter().zip(&narrow.outputs).map(|(wide, narrow)| (wide - narrow).abs()).sum::<f64>();
-        let beyond = (change - narrow.noise).max(0.0);
-        if beyond == 0.0 { 0.0 } else { beyond / narrow.outputs.iter().map(|term| term.abs()).sum::<f64>() }
+        let beyond = change - narrow.noise;
+        if beyond.is_nan() {
+            f64::INFINITY // not defined out there
+        } else if beyond <= 0.0 {
+            0.0
+        } else {
+            beyond / narrow.outputs.iter().map(|term| term.abs()).sum::<f64>()
+        }
     }
 
     fn rung(&self, estimate: f64) -> Rung {

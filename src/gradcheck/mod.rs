@@ -28,7 +28,7 @@
 //!     }
 //! }
 //! let inputs = Tensors::from([("x".to_string(), array![0.5, -1.0].into_dyn())]);
-//! let report = gradcheck(&Square, &inputs, Options::default())?;
+//! let report = gradcheck(&Square, &inputs, Options::default());
 //! assert!(!report.agrees());
 //! println!("{report}");
 //! # Ok::<(), woracle::Error>(())
@@ -56,7 +56,6 @@ use comparison::Testimony;
 use function::Survey;
 use ndarray::ArrayD;
 use std::collections::{BTreeMap, BTreeSet};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// How a check is run.
 #[derive(Clone, Copy, Debug)]
@@ -86,16 +85,7 @@ const SLACK: f64 = 8.0;
 
 /// Checks every result of a case with every witness. A layer that fails or panics on a case does not agree.
 pub fn check(subject: &dyn Subject, case: &Case, options: Options) -> CaseReport {
-    let examined = catch_unwind(AssertUnwindSafe(|| examine(subject, case, options)));
-    let ((tensors, laws), failure) = match examined {
-        Ok(Ok(examined)) => (examined, None),
-        Ok(Err(error)) => ((vec![], vec![]), Some(error.to_string())),
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-            ((vec![], vec![]), Some(format!("panicked: {}", text.unwrap_or("no message"))))
-        }
-    };
-    CaseReport { name: case.name.clone(), tensors, laws, failure }
+    CaseReport::of(&case.name, || examine(subject, case, options))
 }
 
 fn examine(subject: &dyn Subject, case: &Case, options: Options) -> Result<(Vec<TensorReport>, Vec<Law>)> {
@@ -116,24 +106,31 @@ fn examine(subject: &dyn Subject, case: &Case, options: Options) -> Result<(Vec<
     let survey = Survey { function: &layer, inputs: &inputs, cotangent, y: &y, expected: Some(&expected), options };
 
     let mut tensors = Vec::new();
-    for name in ours.keys().chain(single.keys()).chain(defined.keys()).collect::<BTreeSet<_>>() {
-        let (Some(ours), Some(single), Some(defined)) = (ours.get(name), single.get(name), defined.get(name)) else {
-            // A result that only one side has is wrong, whichever side it is.
-            tensors.push(TensorReport::new(name.clone(), &[], vec![Testimony::missing(Witness::Definition)]));
+    let names = [ours.keys(), single.keys(), defined.keys()].into_iter().flatten();
+    let due = inputs.keys().map(|name| format!("grad.{name}"));
+    for name in names.cloned().chain(due).chain(["y".into()]).collect::<BTreeSet<_>>() {
+        let shape = match name.strip_prefix("grad.") {
+            Some(tensor) => inputs.get(tensor).map(ArrayD::shape),
+            None => expected.get(&name).map(ArrayD::shape),
+        };
+        let [ours, single, defined] =
+            [&ours, &single, &defined].map(|all| all.get(&name).filter(|values| Some(values.shape()) == shape));
+        let (Some(ours), Some(single), Some(defined)) = (ours, single, defined) else {
+            // A result that one side lacks, or has in another shape or too many, is wrong whichever side it is.
+            tensors.push(TensorReport::new(name, &[], vec![Testimony::missing(Witness::Definition)]));
             continue;
         };
-        let budget = |unit: f64| expected[name].mapv(|expected: Rounded| SLACK * unit * expected.roundings());
+        let budget = |unit: f64| expected[&name].mapv(|expected: Rounded| SLACK * unit * expected.roundings());
         let definition = Testimony::of_all(Witness::Definition, ours, defined, &budget(f64::UNIT_ROUNDOFF));
         let also = definition.worst().and_then(|worst| worst.index);
         let single = Testimony::of_all(Witness::F32, ours, single, &budget(f32::UNIT_ROUNDOFF));
         let mut testimonies = vec![definition, single];
-        if let Some(tensor) = name.strip_prefix("grad.")
-            && ours.shape() == defined.shape()
-        {
+        if let Some(tensor) = name.strip_prefix("grad.") {
             testimonies.extend(survey.testimonies(tensor, ours, also)?);
             testimonies.extend(identities.remove(tensor));
         }
-        tensors.push(TensorReport::new(name.clone(), ours.shape(), testimonies));
+        let shape = ours.shape().to_vec();
+        tensors.push(TensorReport::new(name, &shape, testimonies));
     }
     tensors.sort_by_key(|tensor| tensor.name.starts_with("grad."));
 

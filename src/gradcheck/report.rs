@@ -1,9 +1,11 @@
 //! What a check found, and how it reads.
 
 use super::comparison::{TensorReport, Verdict, Witness};
+use crate::Result;
 use crate::case::Tensors;
 use serde::Serialize;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// What was found for one case or function.
 #[derive(Clone, Debug, Serialize)]
@@ -39,6 +41,24 @@ impl Law {
 }
 
 impl CaseReport {
+    /// The report of an examination, which may fail or panic.
+    pub(super) fn of(name: &str, examine: impl FnOnce() -> Result<(Vec<TensorReport>, Vec<Law>)>) -> Self {
+        let (tensors, laws, failure) = match catch_unwind(AssertUnwindSafe(examine)) {
+            Ok(Ok((tensors, laws))) => (tensors, laws, None),
+            Ok(Err(error)) => (vec![], vec![], Some(error.to_string())),
+            Err(panic) => {
+                let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+                (vec![], vec![], Some(format!("panicked: {}", text.unwrap_or("no message"))))
+            }
+        };
+        Self { name: name.into(), tensors, laws, failure }
+    }
+
+    /// The report of `y` or of a gradient, such as `grad.x`.
+    pub fn tensor(&self, name: &str) -> Option<&TensorReport> {
+        self.tensors.iter().find(|tensor| tensor.name == name)
+    }
+
     /// Whether the case ran, every law holds and every tensor agrees with every witness.
     pub fn agrees(&self) -> bool {
         self.failure.is_none()
@@ -70,7 +90,12 @@ impl fmt::Display for CaseReport {
             return write!(f, "{}: FAILED: {failure}", self.name);
         }
         if self.agrees() {
-            return write!(f, "{}: {} tensors agree", self.name, self.tensors.len());
+            let tensors = if self.tensors.len() == 1 {
+                "1 tensor agrees"
+            } else {
+                &format!("{} tensors agree", self.tensors.len())
+            };
+            return write!(f, "{}: {tensors}", self.name);
         }
         let mut lines = vec![];
         for law in self.laws.iter().filter(|law| !law.holds) {

@@ -11,8 +11,19 @@ use crate::operators::{
 use crate::{Error, Result, Scalar};
 use ndarray::{Array1, Array2, Array3, ArrayD, ArrayView1, ArrayView3, ArrayViewD, Axis, CowArray, Ix3, IxDyn};
 
-/// What [`Layer::forward`] keeps for [`Layer::backward`], which consumes it.
-#[derive(Clone, Debug)]
+/// What [`Layer::forward`] keeps for [`Layer::backward`], which consumes it: a second backward on the same cache does
+/// not compile.
+///
+/// ```compile_fail,E0382
+/// # use woracle::{Result, operators::Linear, wora::{Layer, RequiresGrad}};
+/// # fn twice(layer: &Layer<Linear, f64>, x: ndarray::ArrayD<f64>, dy: ndarray::ArrayD<f64>) -> Result<()> {
+/// let (_, cache) = layer.forward(x.view().into(), None)?;
+/// layer.backward(cache, dy.view(), RequiresGrad::ALL)?;
+/// layer.backward(cache, dy.view(), RequiresGrad::ALL)?; // the value was moved
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
 pub struct Cache<'x, O: Operator, T: Scalar> {
     /// x, as it was given.
     x: O::Input<'x, T>,
