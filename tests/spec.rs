@@ -17,7 +17,8 @@ fn sources(folder: &Path, into: &mut Vec<String>) {
 
 fn number_after(text: &str, letter: char) -> Option<String> {
     let digits: String = text.strip_prefix(letter)?.chars().take_while(char::is_ascii_digit).collect();
-    (!digits.is_empty()).then(|| format!("{letter}{digits}"))
+    // E0382 and its like are the compiler's.
+    (!digits.is_empty() && !digits.starts_with('0')).then(|| format!("{letter}{digits}"))
 }
 
 /// Labels in comments: `// E9`, `/// ... E5`, `(C1 to C8)`.
