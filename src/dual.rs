@@ -4,7 +4,7 @@
 //! ```
 //! use woracle::{Dual, Real};
 //! let x: Dual = Dual::new(3.0, 1.0); // the value 3, moving at speed 1
-//! let y = (x * x + Real::constant(7.0)).sqrt();
+//! let y = Real::sqrt(x * x + Dual::constant(7.0));
 //! assert_eq!((y.re, y.eps), (4.0, 3.0 / 4.0));
 //! ```
 
