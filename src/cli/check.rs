@@ -33,8 +33,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<Outcome> {
     let filter = args.filter.as_deref().unwrap_or("");
     if args.mistakes && args.list {
-        print(&mistakes::list())?;
-        return Ok(Outcome::Good);
+        return mistakes::list(filter);
     }
     if args.mistakes {
         return mistakes::run(filter, args.seed, args.verbose, args.json);
@@ -84,7 +83,8 @@ fn as_text(reports: &[CaseReport], args: &Args) -> String {
     if laws > 0 {
         text += &format!("\n{laws} laws do not hold");
     }
-    text + &format!("\n{} cases, {agree} tensors agree, {disagree} disagree, {unresolved} unresolved", reports.len())
+    let cases = if reports.len() == 1 { "1 case".into() } else { format!("{} cases", reports.len()) };
+    text + &format!("\n{cases}, {agree} tensors agree, {disagree} disagree, {unresolved} unresolved")
 }
 
 /// One row a tensor: its worst element, and by how much each witness differs there and may.
@@ -106,7 +106,18 @@ fn as_table(reports: &[CaseReport]) -> String {
             table.add_row(row.chain([tensor.verdict.to_string()]));
         }
     }
-    format!("{table}\nEach witness: the error nearest to its budget, of that budget.")
+    let furthest = |witness| {
+        let all = reports.iter().flat_map(|report| &report.tensors).filter_map(|tensor| tensor.witness(witness));
+        let relative = all.map(|says| says.worst.error / says.worst.size).filter(|relative| !relative.is_nan());
+        format!("{witness} {:.0e}", relative.fold(0.0, f64::max))
+    };
+    format!(
+        "{table}\nEach witness: the error nearest to its budget, of that budget.\n\
+         Largest of these errors in parts of the terms that an element is the sum of: {}, {}, {}.",
+        furthest(Witness::Differences),
+        furthest(Witness::Duals),
+        furthest(Witness::Identities)
+    )
 }
 
 /// Every tensor's worst element in full: the value, what each witness makes of it, and how sure it is.

@@ -27,7 +27,8 @@ impl Row {
     }
 }
 
-pub fn run(filter: &str, seed: u64, verbose: bool, as_json: bool) -> Result<Outcome> {
+/// The mistakes whose ids contain the filter; only one, if it is an id.
+fn chosen(filter: &str) -> Result<Vec<&'static Mistake>> {
     let exact = MISTAKES.iter().any(|mistake| mistake.id == filter);
     let fits = |id: &str| if exact { id == filter } else { id.contains(filter) };
     let chosen: Vec<_> = MISTAKES.iter().filter(|mistake| fits(mistake.id)).collect();
@@ -35,6 +36,17 @@ pub fn run(filter: &str, seed: u64, verbose: bool, as_json: bool) -> Result<Outc
         let expected = "part of a mistake's id (wora check --mistakes --list)".into();
         return Err(Error::Unknown { what: "FILTER", expected, found: filter.into() });
     }
+    Ok(chosen)
+}
+
+/// Prints the ids, one a line.
+pub fn list(filter: &str) -> Result<Outcome> {
+    print(&chosen(filter)?.iter().map(|mistake| mistake.id).collect::<Vec<_>>().join("\n"))?;
+    Ok(Outcome::Good)
+}
+
+pub fn run(filter: &str, seed: u64, verbose: bool, as_json: bool) -> Result<Outcome> {
+    let chosen = chosen(filter)?;
     let bar = progress(chosen.len());
     let one = |mistake: &'static Mistake| {
         let trials = mistake.layers.iter().map(|layer| try_mistake(mistake, layer, seed)).collect::<Result<_>>()?;
@@ -46,11 +58,6 @@ pub fn run(filter: &str, seed: u64, verbose: bool, as_json: bool) -> Result<Outc
     bar.finish_and_clear();
     print(&if as_json { json_of(&rows) } else { text_of(&rows, verbose) })?;
     Ok(if rows.iter().all(Row::killed) { Outcome::Good } else { Outcome::Wrong })
-}
-
-/// The ids, one a line.
-pub fn list() -> String {
-    MISTAKES.iter().map(|mistake| mistake.id).collect::<Vec<_>>().join("\n")
 }
 
 fn text_of(rows: &[Row], verbose: bool) -> String {

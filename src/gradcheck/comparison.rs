@@ -145,11 +145,10 @@ impl Point {
     }
 
     pub fn verdict(&self) -> Verdict {
-        // Written so that a budget that is not a number is exceeded by any error and is never narrow enough.
-        if !self.ours.is_finite() {
-            Verdict::Disagree
-        } else if self.error() > 0.0 && !matches!(self.error().partial_cmp(&self.budget), Some(order) if order.is_le())
-        {
+        let error = self.error();
+        let within = error == 0.0 || error <= self.budget;
+        // A budget that is not a number is exceeded by any error, and never narrow enough.
+        if !self.ours.is_finite() || !within {
             Verdict::Disagree
         } else if self.budget <= self.widest {
             Verdict::Agree
@@ -225,11 +224,13 @@ impl TensorReport {
     /// All that was said of a tensor of this shape.
     pub(super) fn new(name: String, shape: &[usize], testimonies: Vec<Testimony>) -> Self {
         let place = |index: Option<usize>| index.map_or_else(Vec::new, |index| unravel(index, shape));
-        let all = testimonies.iter().filter_map(Testimony::worst);
-        let worst = all.max_by(|a, b| {
-            (a.verdict(), a.excess()).partial_cmp(&(b.verdict(), b.excess())).expect("an excess is a number")
+        // f32 has the widest budget, which says little of an f64 value: it comes last where all agree.
+        let all = testimonies.iter().filter_map(|testimony| Some((testimony.witness, testimony.worst()?)));
+        let worst = all.max_by(|(a, one), (b, other)| {
+            let rank = |witness: Witness, point: &Point| (point.verdict(), witness != Witness::F32, point.excess());
+            rank(*a, one).partial_cmp(&rank(*b, other)).expect("an excess is a number")
         });
-        let worst = worst.map(|&Point { index, ours, budget, .. }| {
+        let worst = worst.map(|(_, &Point { index, ours, budget, .. })| {
             let said = |testimony: &Testimony| {
                 let point = testimony.at(index)?;
                 let (witness, value, uncertainty) = (testimony.witness, point.theirs, point.uncertainty);

@@ -46,7 +46,7 @@ pub use comparison::{Comparison, Element, Said, TensorReport, Verdict, Witness, 
 pub use differences::{Estimate, Rung, ladder};
 pub use function::{Function, gradcheck};
 pub use report::{CaseReport, Law};
-pub use trial::{Trial, report, try_mistake};
+pub use trial::{Trial, check_mistake, try_mistake};
 
 use crate::case::{Case, Tensor, Tensors};
 use crate::registry::{Forward, Precision, Subject};

@@ -46,7 +46,7 @@ pub fn try_mistake(mistake: &'static Mistake, layer_name: &str, seed: u64) -> Re
         if elements > SMALL {
             continue;
         }
-        let Some(report) = report(mistake, subject, &case, seed)? else { continue };
+        let Some(report) = check_mistake(mistake, subject, &case, seed)? else { continue };
         trial.tried += 1;
         let y = report.tensors.iter().find(|tensor| tensor.name == "y").and_then(|y| y.witness(Witness::Definition));
         let forward = y.is_some_and(|y| y.verdict == Verdict::Disagree);
@@ -65,7 +65,7 @@ pub fn try_mistake(mistake: &'static Mistake, layer_name: &str, seed: u64) -> Re
 /// # Errors
 ///
 /// As [`try_mistake`].
-pub fn report(
+pub fn check_mistake(
     mistake: &'static Mistake,
     subject: &'static dyn Subject,
     case: &Case,
