@@ -158,7 +158,7 @@ impl<'a, 'd, 'x, O: Operator, R: Real> Stages<'a, 'd, 'x, O, R> {
 
     /// `||W0||`, where V is made of its direction.
     fn base_norm(&self, base: &Array2<R>) -> Option<Vec<R>> {
-        (self.formula.weighted == Weighted::UnitBase).then(|| self.norm(base))
+        (self.formula.weighted == Weighted::UnitBase && self.at.config.has_norm()).then(|| self.norm(base))
     }
 
     /// One norm a unit or column. E10
