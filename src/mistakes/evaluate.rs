@@ -113,7 +113,7 @@ impl<'a, 'd, 'x, O: Operator, R: Real> Stages<'a, 'd, 'x, O, R> {
         let possible = (m.len() == norms || !has_norm)
             && (formula.delta != Delta::Transposed || square)
             && (formula.delta != Delta::FirstGroup || operator.groups() > 1)
-            && (formula.gain != Gain::Outer || (square && has_norm))
+            && (formula.gain != Gain::Outer || (square && has_norm && !per_input))
             && (formula.bias != Bias::Scaled || !per_input);
         let (alpha, beta) = (learned(formula.alpha, alpha, beta), learned(formula.beta, beta, alpha));
         possible.then_some(Self { formula, at, alpha, beta, s, m, norms, per_input, kernel })

@@ -101,7 +101,8 @@ pub enum Delta {
 pub enum Weighted {
     /// `beta W0 + alpha s B A`
     Sum,
-    /// `beta W0 / ||W0|| + alpha s B A`
+    /// `beta W0 / (||W0|| + eps) + alpha s B A`, that norm a function of W0 whatever becomes of n; nothing of the kind
+    /// for LoRA.
     UnitBase,
     /// `beta (W0 + alpha s B A)`
     BetaOutside,
