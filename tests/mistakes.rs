@@ -202,7 +202,7 @@ impl<'a> Naive<'a> {
         let possible = match wrong {
             // Without a norm there is nothing to take along the wrong axis, and nothing that does not fit.
             "norm-per-input" => !has_norm || axis_is_input || units == inputs && groups == 1,
-            "gain-outer-product" => has_norm && units == cols,
+            "gain-outer-product" => has_norm && units == cols && !axis_is_input,
             "groups-first-only" => groups > 1,
             "kernel-flipped" => inputs < cols,
             "bias-scaled" => !axis_is_input,
@@ -218,7 +218,6 @@ impl<'a> Naive<'a> {
         let right = if self.per_input { c / kernel } else { u };
         match self.wrong {
             "norm-of-whole-weight" => [0, right],
-            // Norms of columns lie along a row already, as m does.
             "gain-outer-product" => [right, c],
             _ => [right, right],
         }
