@@ -8,7 +8,8 @@
 //! assert_eq!((y.re, y.eps), (4.0, 3.0 / 4.0));
 //! ```
 
-use crate::Real;
+use crate::{Real, Result};
+use ndarray::ArrayD;
 use num_dual::{Dual64, DualNum};
 use std::collections::BTreeMap;
 
@@ -16,7 +17,10 @@ use std::collections::BTreeMap;
 pub type Dual = Dual64;
 
 /// Tensors of dual numbers by their names.
-pub type DualTensors = BTreeMap<String, ndarray::ArrayD<Dual>>;
+pub type DualTensors = BTreeMap<String, ArrayD<Dual>>;
+
+/// y as a function of dual numbers, which take the place of a case's tensors of the same names.
+pub type DualForward = Box<dyn Fn(&DualTensors) -> Result<ArrayD<Dual>> + Send + Sync>;
 
 impl Real for Dual {
     fn constant(value: f64) -> Self {

@@ -31,7 +31,7 @@ mod error;
 mod rounded;
 mod scalar;
 
-pub use dual::{Dual, DualTensors};
+pub use dual::{Dual, DualForward, DualTensors};
 pub use error::{Error, Result};
 pub use rounded::Rounded;
 pub use scalar::{Real, Scalar};

@@ -9,13 +9,13 @@
 use crate::case::{Case, Tensor, Tensors};
 use crate::cases::{CONV1D, CONV2D, CONV3D, EMBEDDING, LINEAR, Spec, draw};
 use crate::error::check_shape;
-use crate::mistakes::{Anchor, DualForward, Evaluated, Formula, Mistake, matrix};
+use crate::mistakes::{Anchor, Evaluated, Formula, Mistake};
 use crate::operators::{Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operator};
 use crate::wora::{
     Adapter, Base, Config, Definition, Evaluation, Gradients, Layer, Method, NormGradient, RequiresGrad, SCALE_NAMES,
-    check_mask,
+    as_matrix, check_mask,
 };
-use crate::{Dual, DualTensors, Error, Real, Result, Rounded, Scalar};
+use crate::{Dual, DualForward, DualTensors, Error, Real, Result, Rounded, Scalar};
 use ndarray::{Array1, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Axis, Zip};
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
@@ -93,13 +93,13 @@ pub trait Subject: Sync {
     ///
     /// As [`Subject::evaluate`].
     fn roundings(&self, case: &Case) -> Result<BTreeMap<String, ArrayD<Rounded>>>;
-    /// y of the surrogate (see [`Subject::surrogate`]) by the definition on dual numbers, which take the
-    /// place of the case's tensors of the same names; their values are those of the case.
+    /// The surrogate (see [`Subject::surrogate`]) by the definition, as a function of dual numbers whose values are
+    /// those of the case.
     ///
     /// # Errors
     ///
     /// As [`Subject::evaluate`].
-    fn dual(&self, case: &Case, inputs: &DualTensors) -> Result<ArrayD<Dual>>;
+    fn dual(&self, case: &Case) -> Result<DualForward>;
     /// The production forward whose gradient the backward claims to be: with the norms held at those of this
     /// case where they are detached, or where there is no direction, and with what is looked up moved by the
     /// operator's fraction of any change of A and W0 alone.
@@ -283,20 +283,19 @@ impl<O: Operator> Subject for Adapted<O> {
     fn roundings(&self, case: &Case) -> Result<BTreeMap<String, ArrayD<Rounded>>> {
         Self::define_on(case, Rounded::exact)
     }
-    fn dual(&self, case: &Case, inputs: &DualTensors) -> Result<ArrayD<Dual>> {
+    fn dual(&self, case: &Case) -> Result<DualForward> {
         let frozen_norm = match Self::config(case)?.norm_gradient {
             NormGradient::Full => None,
             NormGradient::Detached => {
                 Self::with_definition(case, |_, values| values.to_owned(), |definition, _| definition.weight_norm())?
             }
         };
-        let lift = |name: &str, values: ArrayViewD<'_, f64>| {
-            inputs.get(name).cloned().unwrap_or_else(|| values.mapv(Dual::constant))
-        };
-        Self::with_definition(case, lift, |definition, _| {
-            let frozen_norm = frozen_norm.map(|norm| norm.mapv(Dual::constant));
-            Definition { frozen_norm, ..definition }.evaluate(None).y
-        })
+        let (frozen_norm, case) = (frozen_norm.map(|norm| norm.mapv(Dual::constant)), case.clone());
+        Ok(Box::new(move |inputs| {
+            Self::with_definition(&case, lift(inputs), |definition, _| {
+                Definition { frozen_norm: frozen_norm.clone(), ..definition }.evaluate(None).y
+            })
+        }))
     }
     fn surrogate(&self, case: &Case) -> Result<Forward> {
         let Parts { layer: at_point, x, .. } = Self::parts::<f64>(case)?;
@@ -342,7 +341,6 @@ impl<O: Operator> Subject for Adapted<O> {
         Ok(RoundTrip { adapted, merged: y, restored: layer.unmerge(&merged) })
     }
     fn formula(&self, formula: &Formula, case: &Case) -> Result<Option<DualForward>> {
-        let constant = |_: &str, values: ArrayViewD<'_, f64>| values.mapv(Dual::constant);
         let mut anchor = Self::with_definition(
             case,
             |_, values| values.to_owned(),
@@ -350,18 +348,16 @@ impl<O: Operator> Subject for Adapted<O> {
                 settings: case.settings.clone(),
                 weight_norm: None,
                 base: here.operator.weight_matrix(here.base.weight.view()).to_owned(),
-                lora_a: matrix(&here.adapter.lora_a),
+                lora_a: as_matrix(&here.adapter.lora_a).to_owned(),
             },
         )?;
-        let here = Self::with_definition(case, constant, |here, _| formula.evaluate(&here, &anchor))??;
+        let here =
+            Self::with_definition(case, |_, values| values.to_owned(), |here, _| formula.evaluate(&here, &anchor))??;
         let Some(Evaluated { weight_norm, .. }) = here else { return Ok(None) };
-        anchor.weight_norm = Some(weight_norm.into_iter().map(Real::value).collect());
+        anchor.weight_norm = Some(weight_norm);
         let (formula, case) = (*formula, case.clone());
         Ok(Some(Box::new(move |inputs| {
-            let lift = |name: &str, values: ArrayViewD<'_, f64>| {
-                inputs.get(name).cloned().unwrap_or_else(|| values.mapv(Dual::constant))
-            };
-            let there = Self::with_definition(&case, lift, |there, _| formula.evaluate(&there, &anchor))??;
+            let there = Self::with_definition(&case, lift(inputs), |there, _| formula.evaluate(&there, &anchor))??;
             Ok(there.expect("a formula that has been evaluated at the case").y)
         })))
     }
@@ -384,6 +380,11 @@ impl<O: Operator> Subject for Adapted<O> {
         let through_norm = ["base.weight", O::LORA_NAMES[0], O::LORA_NAMES[1], "lora_wora_alpha", "lora_wora_beta"];
         Ok(!config.has_norm() || config.norm_gradient == NormGradient::Detached || !through_norm.contains(&tensor))
     }
+}
+
+/// A case's tensors as dual numbers: those given, the others constant.
+fn lift(inputs: &DualTensors) -> impl Fn(&str, ArrayViewD<'_, f64>) -> ArrayD<Dual> {
+    |name, values| inputs.get(name).cloned().unwrap_or_else(|| values.mapv(Dual::constant))
 }
 
 /// The layer in which A and W0 have moved from `from` by only a fraction of the way to `to`, column by column.

@@ -84,10 +84,14 @@ impl Spec {
 }
 
 /// Numbers that f32 holds exactly: multiples of 2^-20 within [-1, 1).
-struct Draw(Pcg64);
+pub(crate) struct Draw(Pcg64);
 
 impl Draw {
-    fn array(&mut self, shape: &[usize], mut map: impl FnMut(f64) -> f64) -> ArrayD<f64> {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(Pcg64::seed_from_u64(seed))
+    }
+
+    pub(crate) fn array(&mut self, shape: &[usize], mut map: impl FnMut(f64) -> f64) -> ArrayD<f64> {
         ArrayD::from_shape_simple_fn(shape, || map((self.0.next_u64() >> 43) as f64 * 2f64.powi(-20) - 1.0))
     }
 }
@@ -102,7 +106,7 @@ pub fn draw<O: Operator>(spec: &Spec, layer: &str, seed: u64) -> Case {
         .name
         .bytes()
         .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
-    let mut draw = Draw(Pcg64::seed_from_u64(seed ^ name_hash));
+    let mut draw = Draw::new(seed ^ name_hash);
     let mut settings: Map<String, Value> = serde_json::from_str(spec.operator).expect("JSON in a spec");
     let parsed = serde_json::from_value(settings.clone().into()).expect("settings in a spec");
     let operator = O::from_weight_shape(parsed, spec.weight).expect("a weight in a spec");

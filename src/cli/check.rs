@@ -1,11 +1,11 @@
 //! `wora check [FILTER]`: the hand-derived backward of every layer against its witnesses.
 
-use super::{Outcome, mistakes, print, progress, table};
+use super::{Outcome, choose, mistakes, print, progress, table};
 use rayon::prelude::*;
 use serde_json::json;
+use woracle::Result;
 use woracle::gradcheck::{CaseReport, Options, TensorReport, Verdict, Witness, check};
 use woracle::registry::{LAYERS, Subject};
-use woracle::{Error, Result};
 
 /// Check every layer's forward and backward against the definition, differences, dual numbers and identities.
 #[derive(clap::Args)]
@@ -38,14 +38,8 @@ pub fn run(args: Args) -> Result<Outcome> {
     if args.mistakes {
         return mistakes::run(filter, args.seed, args.verbose, args.json);
     }
-    let all = || LAYERS.iter().flat_map(|&layer| layer.specs().iter().map(move |spec| (layer, spec)));
-    let exact = all().any(|(_, spec)| spec.name == filter);
-    let fits = |name: &str| if exact { name == filter } else { name.contains(filter) };
-    let chosen: Vec<_> = all().filter(|(_, spec)| fits(spec.name)).collect();
-    if chosen.is_empty() {
-        let expected = "part of a case's name (wora check --list)".into();
-        return Err(Error::Unknown { what: "FILTER", expected, found: filter.into() });
-    }
+    let all = LAYERS.iter().flat_map(|&layer| layer.specs().iter().map(move |spec| (layer, spec)));
+    let chosen = choose(all.collect(), filter, |(_, spec)| spec.name, "a case's name (wora check --list)")?;
     if args.list {
         let names: Vec<_> = chosen.iter().map(|(_, spec)| spec.name).collect();
         print(&names.join("\n"))?;
@@ -124,20 +118,8 @@ fn as_table(reports: &[CaseReport]) -> String {
 fn details(reports: &[CaseReport]) -> String {
     let lines = |(report, tensor): (&CaseReport, &TensorReport)| {
         let Some(worst) = &tensor.worst else { return String::new() };
-        let says = worst.says.iter().map(|said| {
-            format!("\n  {:12} {:>24.17e}  +- {:.1e}", said.witness.to_string(), said.value, said.uncertainty)
-        });
-        format!(
-            "{}: {} {:?}: {}\n  {:12} {:>24.17e}  budget {:.1e}{}",
-            report.name,
-            tensor.name,
-            worst.index,
-            tensor.verdict,
-            "ours",
-            worst.ours,
-            worst.budget,
-            says.collect::<String>()
-        )
+        let says = worst.says.iter().map(|said| format!("\n{said}")).collect::<String>();
+        format!("{}: {} {:?}: {}\n{worst}{says}", report.name, tensor.name, worst.index, tensor.verdict)
     };
     let all = reports.iter().flat_map(|report| report.tensors.iter().map(move |tensor| (report, tensor)));
     all.map(lines).collect::<Vec<_>>().join("\n")

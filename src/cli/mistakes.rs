@@ -1,12 +1,12 @@
 //! `wora check --mistakes [FILTER]`: the checker on trial.
 
-use super::{Outcome, print, progress, table};
+use super::{Outcome, choose, print, progress, table};
 use rayon::prelude::*;
 use serde_json::json;
+use woracle::Result;
 use woracle::gradcheck::{Trial, Witness, try_mistake};
 use woracle::mistakes::{MISTAKES, Mistake};
 use woracle::registry::LAYERS;
-use woracle::{Error, Result};
 
 /// Who can speak: a mistake is the same in f32.
 const WITNESSES: [Witness; 4] = [Witness::Definition, Witness::Differences, Witness::Duals, Witness::Identities];
@@ -30,16 +30,9 @@ impl Row {
     }
 }
 
-/// The mistakes whose ids contain the filter; only one, if it is an id.
 fn chosen(filter: &str) -> Result<Vec<&'static Mistake>> {
-    let exact = MISTAKES.iter().any(|mistake| mistake.id == filter);
-    let fits = |id: &str| if exact { id == filter } else { id.contains(filter) };
-    let chosen: Vec<_> = MISTAKES.iter().filter(|mistake| fits(mistake.id)).collect();
-    if chosen.is_empty() {
-        let expected = "part of a mistake's id (wora check --mistakes --list)".into();
-        return Err(Error::Unknown { what: "FILTER", expected, found: filter.into() });
-    }
-    Ok(chosen)
+    let what = "a mistake's id (wora check --mistakes --list)";
+    choose(MISTAKES.iter().collect(), filter, |mistake| mistake.id, what)
 }
 
 /// Prints the ids, one a line.

@@ -74,6 +74,18 @@ fn print(text: &str) -> woracle::Result<()> {
     }
 }
 
+/// The one whose name the filter is, or all whose names contain it; `what` says what it is a part of.
+fn choose<T>(all: Vec<T>, filter: &str, name: impl Fn(&T) -> &str, what: &str) -> woracle::Result<Vec<T>> {
+    let exact = all.iter().any(|one| name(one) == filter);
+    let fits = |one: &T| if exact { name(one) == filter } else { name(one).contains(filter) };
+    let chosen: Vec<T> = all.into_iter().filter(fits).collect();
+    if chosen.is_empty() {
+        let expected = format!("part of {what}");
+        return Err(woracle::Error::Unknown { what: "FILTER", expected, found: filter.into() });
+    }
+    Ok(chosen)
+}
+
 /// A progress bar on a terminal; nothing in a pipe.
 fn progress(length: usize) -> ProgressBar {
     let bar = ProgressBar::new(length as u64);

@@ -5,6 +5,7 @@ use super::differences::{Differences, Estimate};
 use super::duals::Duals;
 use super::{CaseReport, Law, Options, RESOLUTION, SLACK};
 use crate::case::Tensors;
+use crate::cases::Draw;
 use crate::{Dual, DualTensors, Real, Result, Rounded, Scalar};
 use ndarray::ArrayD;
 use rand_pcg::Pcg64;
@@ -79,8 +80,7 @@ fn survey(function: &dyn Function, inputs: &Tensors, options: Options) -> Result
     let standard = |values: &ArrayD<f64>| values.as_standard_layout().into_owned();
     let inputs: Tensors = inputs.iter().map(|(name, values)| (name.clone(), standard(values))).collect();
     let y = standard(&function.forward(&inputs)?);
-    let mut rng = Pcg64::seed_from_u64(options.seed);
-    let cotangent = y.mapv(|_| (rng.next_u64() >> 43) as f64 * 2f64.powi(-20) - 1.0);
+    let cotangent = Draw::new(options.seed).array(y.shape(), |value| value);
     let gradients = function.backward(&inputs, &cotangent)?;
     let survey = Survey { function, inputs: &inputs, cotangent: &cotangent, y: &y, expected: None, options };
     let mut tensors = Vec::new();
@@ -134,12 +134,13 @@ impl Survey<'_> {
 
         let by_differences = |scratch: &mut Tensors, direction: &Direction| {
             let (along, _) = differences.along(scratch, tensor, direction, &gradient)?;
-            Ok(Some(self.point(tensor, direction, &gradient, along)))
+            Ok(Some(self.point(tensor, direction, &gradient, along).0))
         };
         let by_duals = |_: &mut Tensors, direction: &Direction| {
-            let expected = |terms: f64| self.expected(tensor, direction, &gradient, terms).0;
-            let along = duals.along(tensor, direction, expected)?;
-            Ok(along.map(|along| self.point(tensor, direction, &gradient, along)))
+            let Some(along) = duals.along(tensor, direction)? else { return Ok(None) };
+            // What dual numbers are uncertain by is rounding, and as much as the gradient's own.
+            let (point, rounding) = self.point(tensor, direction, &gradient, along);
+            Ok(Some(Point { uncertainty: rounding, budget: rounding + point.budget, ..point }))
         };
         let mut testimonies = Vec::new();
         if let Some(points) = self.look(&directions, by_differences)? {
@@ -203,19 +204,22 @@ impl Survey<'_> {
         all
     }
 
-    fn point(&self, tensor: &str, direction: &Direction, gradient: &[f64], along: Along) -> Point {
+    /// A gradient along a direction beside what a witness says, and the rounding error to expect of the gradient.
+    fn point(&self, tensor: &str, direction: &Direction, gradient: &[f64], along: Along) -> (Point, f64) {
         let Along { estimate: Estimate { value, uncertainty }, terms } = along;
-        let ours = claimed(direction, gradient);
-        let (roundings, size) = self.expected(tensor, direction, gradient, terms);
-        let size = size.max(value.abs());
-        let budget = uncertainty + SLACK * f64::UNIT_ROUNDOFF * roundings;
+        let ours = match *direction {
+            [(element, sign)] => sign * gradient[element],
+            _ => sum(direction.iter().map(|&(element, sign)| sign * gradient[element])),
+        };
+        let (roundings, size) = self.expected(tensor, direction, ours, terms);
+        let (rounding, size) = (SLACK * f64::UNIT_ROUNDOFF * roundings, size.max(value.abs()));
+        let (budget, widest) = (uncertainty + rounding, RESOLUTION * size);
         let index = if let [(element, _)] = direction { Some(*element) } else { None };
-        Point { index, ours, theirs: value, uncertainty, budget, size, widest: RESOLUTION * size }
+        (Point { index, ours, theirs: value, uncertainty, budget, size, widest }, rounding)
     }
 
     /// The rounding error to expect of the gradient along a direction, in unit roundoffs, and its size.
-    fn expected(&self, tensor: &str, direction: &Direction, gradient: &[f64], terms: f64) -> (f64, f64) {
-        let ours = claimed(direction, gradient);
+    fn expected(&self, tensor: &str, direction: &Direction, ours: f64, terms: f64) -> (f64, f64) {
         let size = ours.abs().max(terms);
         let Some(expected) = self.expected.and_then(|expected| expected.get(&format!("grad.{tensor}"))) else {
             return (GUESS * size, size);
@@ -240,14 +244,6 @@ impl Survey<'_> {
                 self.y.mapv(|y| (GUESS * y.abs()).max(GUESS / 8.0 * mean))
             }
         }
-    }
-}
-
-/// The derivative along a direction by the gradient under test.
-fn claimed(direction: &Direction, gradient: &[f64]) -> f64 {
-    match *direction {
-        [(element, sign)] => sign * gradient[element],
-        _ => sum(direction.iter().map(|&(element, sign)| sign * gradient[element])),
     }
 }
 

@@ -51,7 +51,7 @@ pub use trial::{Trial, check_mistake, try_mistake};
 use crate::case::{Case, Tensor, Tensors};
 use crate::registry::{Forward, Precision, Subject};
 use crate::wora::{Config, NormGradient};
-use crate::{Dual, DualTensors, Result, Rounded, Scalar};
+use crate::{Dual, DualForward, DualTensors, Result, Rounded, Scalar};
 use comparison::Testimony;
 use function::Survey;
 use ndarray::ArrayD;
@@ -77,7 +77,8 @@ impl Default for Options {
 }
 
 /// The budget beyond which differences and dual numbers say nothing, in parts of the gradient or of the terms it
-/// is the sum of (their root of summed squares), whichever is larger: a wider one is unresolved.
+/// is the sum of (their root of summed squares), or of the outputs that its difference is the difference of, whichever
+/// is largest: a wider one is unresolved.
 pub const RESOLUTION: f64 = 1e-11;
 
 /// How many times the rounding error to expect a difference between two computations may be.
@@ -96,7 +97,7 @@ fn examine(subject: &dyn Subject, case: &Case, options: Options) -> Result<(Vec<
     let expected = subject.roundings(case)?;
     let mut identities = identities::testimonies(subject, case, &ours, &expected)?;
 
-    let layer = OfCase { subject, case, surrogate: subject.surrogate(case)? };
+    let layer = OfCase { subject, case, surrogate: subject.surrogate(case)?, dual: subject.dual(case)? };
     let differentiated = |(name, tensor): (&String, &Tensor)| match tensor {
         Tensor::Float(values) if expected.contains_key(&format!("grad.{name}")) => Some((name.clone(), values.clone())),
         _ => None,
@@ -176,6 +177,7 @@ struct OfCase<'a> {
     subject: &'a dyn Subject,
     case: &'a Case,
     surrogate: Forward,
+    dual: DualForward,
 }
 
 impl Function for OfCase<'_> {
@@ -191,7 +193,7 @@ impl Function for OfCase<'_> {
         self.subject.evaluate(self.case, Precision::F64)
     }
     fn forward_dual(&self, inputs: &DualTensors) -> Result<Option<ArrayD<Dual>>> {
-        self.subject.dual(self.case, inputs).map(Some)
+        (self.dual)(inputs).map(Some)
     }
     fn is_affine(&self, input: &str) -> bool {
         self.subject.is_affine(self.case, input).unwrap_or(false)

@@ -1,6 +1,6 @@
 //! What a check found, and how it reads.
 
-use super::comparison::{TensorReport, Verdict, Witness};
+use super::comparison::{Element, Said, TensorReport, Verdict, Witness};
 use crate::Result;
 use crate::case::Tensors;
 use serde::Serialize;
@@ -83,6 +83,20 @@ impl fmt::Display for Verdict {
     }
 }
 
+/// The value under test and its budget.
+impl fmt::Display for Element {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "  {:12} {:>24.17e}  budget {:.1e}", "ours", self.ours, self.budget)
+    }
+}
+
+/// A witness's value and how far off it may be.
+impl fmt::Display for Said {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "  {:12} {:>24.17e}  +- {:.1e}", self.witness, self.value, self.uncertainty)
+    }
+}
+
 /// One line where all is well; what is wrong, element by element and with the ladder, where it is not.
 impl fmt::Display for CaseReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -104,14 +118,10 @@ impl fmt::Display for CaseReport {
         for tensor in self.tensors.iter().filter(|tensor| tensor.verdict != Verdict::Agree) {
             let Some(worst) = &tensor.worst else { continue };
             lines.push(format!("{}: {} {:?}: {}", self.name, tensor.name, worst.index, tensor.verdict));
-            lines.push(format!("  {:12} {:>24.17e}  budget {:.1e}", "ours", worst.ours, worst.budget));
-            for said in &worst.says {
-                let off = (worst.ours - said.value).abs();
-                lines.push(format!(
-                    "  {:12} {:>24.17e}  +- {:.1e}, off by {off:.1e}",
-                    said.witness, said.value, said.uncertainty
-                ));
-            }
+            lines.push(worst.to_string());
+            lines.extend(
+                worst.says.iter().map(|said| format!("{said}, off by {:.1e}", (worst.ours - said.value).abs())),
+            );
             for comparison in tensor.witnesses.iter().filter(|comparison| comparison.verdict != Verdict::Agree) {
                 let at = &comparison.worst;
                 if at.index != worst.index {

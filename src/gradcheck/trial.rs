@@ -4,9 +4,9 @@ use super::report::CaseReport;
 use super::{Options, Verdict, Witness, check};
 use crate::case::{Case, Tensor, Tensors};
 use crate::cases::Spec;
-use crate::mistakes::{DualForward, Formula, Mistake};
+use crate::mistakes::{Formula, Mistake};
 use crate::registry::{Forward, Precision, RoundTrip, Subject, layer};
-use crate::{Dual, DualTensors, Error, Real, Result, Rounded};
+use crate::{Dual, DualForward, Error, Real, Result, Rounded};
 use ndarray::ArrayD;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -119,8 +119,8 @@ impl Subject for Mistaken {
     fn roundings(&self, case: &Case) -> Result<BTreeMap<String, ArrayD<Rounded>>> {
         self.subject.roundings(case)
     }
-    fn dual(&self, case: &Case, inputs: &DualTensors) -> Result<ArrayD<Dual>> {
-        self.subject.dual(case, inputs)
+    fn dual(&self, case: &Case) -> Result<DualForward> {
+        self.subject.dual(case)
     }
     fn surrogate(&self, case: &Case) -> Result<Forward> {
         let Some(formula) = self.forward else { return self.subject.surrogate(case) };

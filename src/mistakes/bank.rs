@@ -3,11 +3,9 @@
 use super::Backward::{Changed, Of, OfForward, Zero};
 use super::Parameter::{Alpha, Beta, Bias as BiasOf, LoraA, LoraB, Magnitude, Weight, X};
 use super::{
-    Bias, Delta, Eps, Formula, Gain, Gradients, Learned, Mistake, Norm, NormOf, NormPer, Output, Overwritten,
-    Parameter, Path, RIGHT, Scaling, Walk, Weighted,
+    Bias, Delta, Eps, Formula, Gain, Learned, Mistake, Norm, NormOf, NormPer, Output, Overwritten, Parameter, Path,
+    RIGHT, Scaling, Walk, Weighted,
 };
-use crate::Result;
-use ndarray::ArrayD;
 
 const EVERY: &[&str] = &["linear", "embedding", "conv1d", "conv2d", "conv3d"];
 const LINEAR: &[&str] = &["linear"];
@@ -243,7 +241,7 @@ pub static MISTAKES: &[Mistake] = &[
         "magnitude-gradient-extra-gain",
         EVERY,
         "6.2",
-        Changed(magnitude_gradient_extra_gain),
+        Changed(|g| g.scale_magnitude(|m, n| if n == 0.0 { 0.0 } else { m / n })),
         "dm is taken from the output that is scaled already: multiplied by g once more.",
         "axolotl #3528",
     ),
@@ -251,7 +249,7 @@ pub static MISTAKES: &[Mistake] = &[
         "magnitude-gradient-undivided",
         EVERY,
         "6.2",
-        Changed(magnitude_gradient_undivided),
+        Changed(|g| g.scale_magnitude(|_, n| n)),
         "dm is the gradient of g: not divided by n.",
         NEAR,
     ),
@@ -300,11 +298,7 @@ pub static MISTAKES: &[Mistake] = &[
         "lora-gradient-without-scaling",
         EVERY,
         "6.2",
-        Changed(|gradients| {
-            let s = gradients.case.settings.get("scaling").and_then(serde_json::Value::as_f64).unwrap_or(1.0);
-            gradients.scale(&[LoraA, LoraB], 1.0 / s);
-            Ok(())
-        }),
+        Changed(|g| g.without(g.scaling(), &[LoraA, LoraB])),
         "dA and dB lack the factor s.",
         NEAR,
     ),
@@ -312,11 +306,7 @@ pub static MISTAKES: &[Mistake] = &[
         "alpha-gradient-without-scaling",
         EVERY,
         "6.2",
-        Changed(|gradients| {
-            let s = gradients.case.settings.get("scaling").and_then(serde_json::Value::as_f64).unwrap_or(1.0);
-            gradients.scale(&[Alpha], 1.0 / s);
-            Ok(())
-        }),
+        Changed(|g| g.without(g.scaling(), &[Alpha])),
         "dalpha lacks the factor s.",
         NEAR,
     ),
@@ -398,14 +388,7 @@ pub static MISTAKES: &[Mistake] = &[
         "alpha-beta-gradients-swapped",
         EVERY,
         "6.2",
-        Changed(|gradients| {
-            let (alpha, beta) = (gradients.get(Alpha).cloned(), gradients.get(Beta).cloned());
-            if let (Some(alpha), Some(beta)) = (alpha, beta) {
-                gradients.get(Alpha).into_iter().for_each(|gradient| gradient.assign(&beta));
-                gradients.get(Beta).into_iter().for_each(|gradient| gradient.assign(&alpha));
-            }
-            Ok(())
-        }),
+        Changed(|g| g.swap_alpha_beta()),
         "dalpha and dbeta are returned in the wrong order.",
         NEAR,
     ),
@@ -413,10 +396,7 @@ pub static MISTAKES: &[Mistake] = &[
         "beta-gradient-negated",
         EVERY,
         "6.2",
-        Changed(|gradients| {
-            gradients.scale(&[Beta], -1.0);
-            Ok(())
-        }),
+        Changed(|g| g.scale(&[Beta], -1.0)),
         "dbeta has the wrong sign.",
         NEAR,
     ),
@@ -424,11 +404,7 @@ pub static MISTAKES: &[Mistake] = &[
         "lora-gradient-without-alpha",
         EVERY,
         "6.2",
-        Changed(|gradients| {
-            let alpha = gradients.scalar(Alpha);
-            gradients.scale(&[LoraA, LoraB], if alpha == 0.0 { 1.0 } else { 1.0 / alpha });
-            Ok(())
-        }),
+        Changed(|g| g.without(g.scalar(Alpha), &[LoraA, LoraB])),
         "dA and dB lack the factor alpha.",
         "DoRA's backward under WoRA's forward",
     ),
@@ -444,7 +420,7 @@ pub static MISTAKES: &[Mistake] = &[
         "norm-gradient-sign",
         EVERY,
         "5.3",
-        Changed(|gradients| norm_path(gradients, -1.0)),
+        Changed(|g| g.scale_norm_path(-1.0)),
         "With the full gradient, the path through the norm is added with the wrong sign.",
         NEAR,
     ),
@@ -452,7 +428,7 @@ pub static MISTAKES: &[Mistake] = &[
         "norm-gradient-twice",
         EVERY,
         "5.3",
-        Changed(|gradients| norm_path(gradients, 2.0)),
+        Changed(|g| g.scale_norm_path(2.0)),
         "With the full gradient, the path through the norm is counted twice: the 2 of the square stays.",
         NEAR,
     ),
@@ -509,14 +485,7 @@ pub static MISTAKES: &[Mistake] = &[
         "lora-b-gradient-transposed",
         LINEAR,
         "6.2",
-        Changed(|gradients| {
-            if let Some(gradient) = gradients.get(LoraB)
-                && gradient.shape()[0] == gradient.shape()[1]
-            {
-                *gradient = gradient.t().as_standard_layout().into_owned();
-            }
-            Ok(())
-        }),
+        Changed(|g| g.transpose_b()),
         "dB is transposed, which a square B does not notice.",
         NEAR,
     ),
@@ -524,11 +493,7 @@ pub static MISTAKES: &[Mistake] = &[
         "base-weight-gradient-without-beta",
         EVERY,
         "6.2",
-        Changed(|gradients| {
-            let beta = gradients.scalar(Beta);
-            gradients.scale(&[Weight], if beta == 0.0 { 1.0 } else { 1.0 / beta });
-            Ok(())
-        }),
+        Changed(|g| g.without(g.scalar(Beta), &[Weight])),
         "dW0 lacks the factor beta.",
         NEAR,
     ),
@@ -537,7 +502,7 @@ pub static MISTAKES: &[Mistake] = &[
         "gradients-averaged",
         EVERY,
         "6.2",
-        Changed(gradients_averaged),
+        Changed(|g| g.average()),
         "The gradients of parameters are divided by the first dimension of x.",
         "a mean loss's factor taken twice",
     ),
@@ -545,7 +510,7 @@ pub static MISTAKES: &[Mistake] = &[
         "cotangent-ignored",
         EVERY,
         "2",
-        Changed(cotangent_ignored),
+        Changed(|g| g.ignore_cotangent()),
         "The gradients are those of the sum of y, whatever dy is.",
         "checkers that send ones alone cannot see it",
     ),
@@ -764,62 +729,3 @@ pub static MISTAKES: &[Mistake] = &[
         "col2im by indexed assignment",
     ),
 ];
-
-/// `g = m / n` by element of m, 0 where there is no direction.
-fn gains(gradients: &Gradients<'_>) -> Option<(ArrayD<f64>, ArrayD<f64>)> {
-    let m = gradients.case.values(Magnitude.name(gradients.lora)).ok()?;
-    let n = gradients.weight_norm?.to_shape(m.shape()).ok()?.into_owned();
-    let mut gain = m / &n;
-    gain.zip_mut_with(&n, |gain, &n| *gain = if n == 0.0 { 0.0 } else { *gain });
-    Some((gain, n))
-}
-
-fn magnitude_gradient_extra_gain(gradients: &mut Gradients<'_>) -> Result<()> {
-    if let Some((gain, _)) = gains(gradients)
-        && let Some(gradient) = gradients.get(Magnitude)
-    {
-        *gradient *= &gain;
-    }
-    Ok(())
-}
-
-fn magnitude_gradient_undivided(gradients: &mut Gradients<'_>) -> Result<()> {
-    if let Some((_, n)) = gains(gradients)
-        && let Some(gradient) = gradients.get(Magnitude)
-    {
-        *gradient *= &n;
-    }
-    Ok(())
-}
-
-/// The path through the norm, which is all that differs between the two gradients, times a factor.
-fn norm_path(gradients: &mut Gradients<'_>, factor: f64) -> Result<()> {
-    for parameter in Parameter::ALL {
-        let held = gradients.of(&Formula { norm_gradient: Path::Held, ..RIGHT }, gradients.case, parameter)?;
-        if let (Some(held), Some(gradient)) = (held, gradients.get(parameter)) {
-            gradient.zip_mut_with(&held, |full, &held| *full = held + factor * (*full - held));
-        }
-    }
-    Ok(())
-}
-
-fn gradients_averaged(gradients: &mut Gradients<'_>) -> Result<()> {
-    let first = gradients.case.tensors["x"].shape().first().copied().unwrap_or(1);
-    gradients.scale(&[Weight, BiasOf, LoraA, LoraB, Magnitude, Alpha, Beta], 1.0 / first as f64);
-    Ok(())
-}
-
-fn cotangent_ignored(gradients: &mut Gradients<'_>) -> Result<()> {
-    let mut ones = gradients.case.clone();
-    if let Some(crate::case::Tensor::Float(dy)) = ones.tensors.get_mut("grad.y") {
-        dy.fill(1.0);
-    }
-    for parameter in Parameter::ALL {
-        if let Some(other) = gradients.of(&RIGHT, &ones, parameter)?
-            && let Some(gradient) = gradients.get(parameter)
-        {
-            gradient.assign(&other);
-        }
-    }
-    Ok(())
-}

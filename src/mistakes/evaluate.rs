@@ -4,7 +4,7 @@
 use super::formula::{Bias, Delta, Eps, Formula, Gain, Learned, Norm, NormOf, NormPer, Output, Overwritten, Path};
 use super::formula::{Scaling, Walk, Weighted};
 use crate::operators::{Operator, Term};
-use crate::wora::{Definition, NormAxis, NormGradient};
+use crate::wora::{Definition, NormAxis, NormGradient, as_matrix};
 use crate::{Real, Result};
 use ndarray::{Array2, ArrayD, ArrayView2, IxDyn};
 use serde_json::{Map, Value};
@@ -28,12 +28,6 @@ pub(crate) struct Anchor {
     pub lora_a: Array2<f64>,
 }
 
-/// The matrix that a tensor is, one row an entry of its first axis.
-pub(crate) fn matrix<R: Copy>(tensor: &ArrayD<R>) -> Array2<R> {
-    let rows = tensor.shape()[0];
-    tensor.to_shape((rows, tensor.len() / rows)).expect("as many as before").into_owned()
-}
-
 impl Formula {
     /// y and n, or `None` where this mistake cannot be made: where it asks for other shapes.
     pub(crate) fn evaluate<O: Operator, R: Real>(
@@ -43,7 +37,7 @@ impl Formula {
     ) -> Result<Option<Evaluated<R>>> {
         let Some(stages) = Stages::new(self, definition) else { return Ok(None) };
         let base = definition.operator.weight_matrix(definition.base.weight.view()).to_owned();
-        let lora_a = matrix(&definition.adapter.lora_a);
+        let lora_a = as_matrix(&definition.adapter.lora_a).to_owned();
         let weight_norm = stages.weight_norm(&base, &stages.delta(lora_a.view()), anchor.weight_norm.as_deref());
         let gain = Array2::from_shape_fn(base.dim(), |at| stages.gain(&weight_norm, at));
         let y = stages.output(&base, &lora_a, &gain, anchor)?;
@@ -121,7 +115,7 @@ impl<'a, 'd, 'x, O: Operator, R: Real> Stages<'a, 'd, 'x, O, R> {
 
     /// B A: `[units, fan_in]`
     fn delta(&self, a: ArrayView2<'_, R>) -> Array2<R> {
-        let (operator, b) = (self.at.operator, matrix(&self.at.adapter.lora_b));
+        let (operator, b) = (self.at.operator, as_matrix(&self.at.adapter.lora_b));
         let units = operator.units();
         let first = |u: usize| match self.formula.delta {
             Delta::FirstGroup => 0,

@@ -14,17 +14,19 @@
 mod bank;
 mod evaluate;
 mod formula;
+mod gradients;
 
 pub use bank::MISTAKES;
-pub(crate) use evaluate::{Anchor, Evaluated, matrix};
+pub(crate) use evaluate::{Anchor, Evaluated};
 pub use formula::{
     Bias, Delta, Eps, Formula, Gain, Learned, Norm, NormOf, NormPer, Output, Overwritten, Path, RIGHT, Scaling, Walk,
     Weighted,
 };
+pub use gradients::Gradients;
 
-use crate::case::{Case, Tensor, Tensors};
-use crate::{Dual, DualTensors, Error, Real, Result};
-use ndarray::ArrayD;
+use crate::case::{Case, Tensors};
+use crate::{DualForward, DualTensors, Error, Real, Result};
+use gradients::gradient;
 
 /// A way to get the layer wrong.
 pub struct Mistake {
@@ -97,53 +99,8 @@ impl Parameter {
     }
 }
 
-/// y as a function of dual numbers, which take the place of a case's tensors of the same names.
-pub type DualForward = Box<dyn Fn(&DualTensors) -> Result<ArrayD<Dual>> + Send + Sync>;
-
 /// A formula at a case; `None` where the mistake cannot be made.
 pub(crate) type Evaluate<'a> = &'a dyn Fn(&Formula, &Case) -> Result<Option<DualForward>>;
-
-/// The gradients of a mistake's forward in a case, to be changed.
-pub struct Gradients<'a> {
-    /// The case.
-    pub case: &'a Case,
-    /// What A and B are called.
-    lora: [&'static str; 2],
-    /// The definition's `weight_norm`, where there is one.
-    weight_norm: Option<&'a ArrayD<f64>>,
-    evaluate: Evaluate<'a>,
-    gradients: Tensors,
-}
-
-impl Gradients<'_> {
-    /// The gradient with respect to this tensor, where there is one.
-    fn get(&mut self, parameter: Parameter) -> Option<&mut ArrayD<f64>> {
-        self.gradients.get_mut(&format!("grad.{}", parameter.name(self.lora)))
-    }
-
-    /// A scalar parameter's value; 1 where it is not learned.
-    fn scalar(&self, parameter: Parameter) -> f64 {
-        let value = self.case.values(parameter.name(self.lora)).ok();
-        value.and_then(|value| value.first().copied()).unwrap_or(1.0)
-    }
-
-    fn scale(&mut self, parameters: &[Parameter], factor: f64) {
-        for &parameter in parameters {
-            if let Some(gradient) = self.get(parameter) {
-                *gradient *= factor;
-            }
-        }
-    }
-
-    /// The gradient of another function, or of the same in another case.
-    fn of(&self, formula: &Formula, case: &Case, parameter: Parameter) -> Result<Option<ArrayD<f64>>> {
-        let name = parameter.name(self.lora);
-        match self.gradients.contains_key(&format!("grad.{name}")) {
-            true => gradient(formula, case, name, self.evaluate),
-            false => Ok(None),
-        }
-    }
-}
 
 /// The mistake of this id.
 ///
@@ -205,24 +162,4 @@ impl Mistake {
         gradients.insert("y".into(), y.mapv(Real::value));
         Ok(Some(gradients))
     }
-}
-
-/// The gradient of `<dy, y>` of a formula with respect to one tensor, an element at a time on dual numbers.
-fn gradient(formula: &Formula, case: &Case, name: &str, evaluate: Evaluate<'_>) -> Result<Option<ArrayD<f64>>> {
-    let Some(Tensor::Float(values)) = case.tensors.get(name) else { return Ok(None) };
-    let Some(forward) = evaluate(formula, case)? else { return Ok(None) };
-    let cotangent = case.values("grad.y")?;
-    let mut inputs = DualTensors::from([(name.to_string(), values.mapv(Dual::constant))]);
-    let mut gradient = ArrayD::zeros(values.raw_dim());
-    for (element, derivative) in gradient.iter_mut().enumerate() {
-        let moving = |inputs: &mut DualTensors, speed: f64| {
-            let values = inputs.get_mut(name).expect("the tensor").as_slice_mut().expect("standard layout");
-            values[element].eps = speed;
-        };
-        moving(&mut inputs, 1.0);
-        let y = forward(&inputs)?;
-        moving(&mut inputs, 0.0);
-        *derivative = y.iter().zip(cotangent).map(|(y, dy)| y.eps * dy).sum();
-    }
-    Ok(Some(gradient))
 }

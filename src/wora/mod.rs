@@ -11,7 +11,7 @@ mod merge;
 mod passes;
 
 pub use adapter::{Adapter, Base, LoraInit};
-pub(crate) use adapter::{SCALE_NAMES, magnitude_shape};
+pub(crate) use adapter::{SCALE_NAMES, as_matrix, magnitude_shape};
 pub use config::{Config, Method, NormAxis, NormGradient, ZeroNorm, scaling};
 pub use definition::{Definition, Evaluation};
 pub use direction::{CANCELLATION, Direction};
