@@ -1,4 +1,4 @@
-//! The gradient checker: a hand-derived backward against witnesses that know nothing of it. SPEC.md, section 8.
+//! The gradient checker: a hand-derived backward against witnesses of other kinds. SPEC.md, section 8.
 //!
 //! Every tensor gets one of three verdicts. *Agree*: every element lies within its budget. *Disagree*: one
 //! does not, or is not a number. *Unresolved*: the budget is too wide to say. Only the first passes.
