@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use woracle::case::{Case, Tensor, Tensors};
 use woracle::cases::Spec;
 use woracle::gradcheck::{
-    CaseReport, Estimate, Function, Options, TensorReport, Verdict, Witness, check, gradcheck, ladder,
+    CaseReport, Estimate, Function, Options, Place, TensorReport, Verdict, Witness, check, gradcheck, ladder,
 };
 use woracle::mistakes::Formula;
 use woracle::registry::{Forward, LAYERS, Precision, RoundTrip, Subject, layer};
@@ -147,6 +147,17 @@ fn disagreeing(report: &CaseReport) -> Vec<&str> {
     wrong.map(|tensor| tensor.name.as_str()).collect()
 }
 
+/// Labels of the identities that do not hold.
+fn broken(report: &CaseReport) -> Vec<&str> {
+    let broken = report.identities.iter().filter(|identity| identity.verdict != Verdict::Agree);
+    broken.map(|identity| identity.label).collect()
+}
+
+/// The worst element of a tensor.
+fn worst_place(tensor: &TensorReport) -> Place {
+    tensor.worst.as_ref().expect("an element").place.clone()
+}
+
 /// Tensors that this witness contradicts.
 fn contradicted(report: &CaseReport, witness: Witness) -> Vec<&str> {
     let verdict = |tensor: &&TensorReport| tensor.witness(witness).map(|says| says.verdict);
@@ -205,14 +216,17 @@ fn each_witness_alone_catches_a_wrong_gradient_that_all_others_confirm() {
             }
             let caught = contradicted(&report, witness);
             if witness == Witness::Identities {
-                // An identity has two sides: it accuses whatever it is about.
-                assert!(caught.contains(&gradient.as_str()), "{name}: {caught:?}");
+                // An identity is between gradients: it accuses none of them.
+                let about = |equation: &str| equation.contains(&format!("<d {name}, {name}>"));
+                let named: Vec<_> = report.identities.iter().filter(|one| about(&one.equation)).collect();
+                assert!(!named.is_empty() && named.iter().all(|one| one.verdict == Verdict::Disagree), "{name}");
+                assert_eq!((broken(&report).len(), disagreeing(&report)), (named.len(), vec![]), "{name}");
             } else {
-                assert_eq!(caught, [gradient.as_str()], "{witness}");
+                assert_eq!((caught, broken(&report)), (vec![gradient.as_str()], vec![]), "{witness}");
+                let verdict = tensor(&report, &gradient).witness(witness).expect("its word").verdict;
+                assert_eq!((verdict, tensor(&report, &gradient).verdict), (Verdict::Disagree, Verdict::Disagree));
             }
             assert!(!report.agrees() && report.contradicts(witness), "{name}: {witness}");
-            let verdict = tensor(&report, &gradient).witness(witness).expect("its word").verdict;
-            assert_eq!((verdict, tensor(&report, &gradient).verdict), (Verdict::Disagree, Verdict::Disagree));
         }
     }
 }
@@ -232,7 +246,7 @@ fn differences_and_duals_find_one_wrong_element_of_any_gradient_and_name_it() {
             let case = linear().draw(spec("linear-dropout-full"), 3);
             let shape = case.tensors[&name["grad.".len()..]].shape().to_vec();
             let last: Vec<usize> = shape.iter().map(|length| length - 1).collect();
-            assert_eq!(worst.index, last, "{name}");
+            assert_eq!(worst.place, Place::Element(last), "{name}");
             assert!((worst.ours - worst.theirs).abs() > 0.9e-8, "{worst:?}");
         }
     }
@@ -250,8 +264,8 @@ fn the_detached_gradient_is_not_taken_for_the_full_one_nor_the_other_way_round()
         for witness in [Witness::Differences, Witness::Duals] {
             assert_eq!(contradicted(&report, witness), expected, "{case}");
         }
-        // Both of I4 and I5 speak of alpha and beta.
-        assert_eq!(contradicted(&report, Witness::Identities), expected[3..], "{case}");
+        // E49 and E50 hold for both treatments; the one that tells them apart is E52 or E53.
+        assert_eq!(broken(&report), [if case == "linear-plain" { "E52" } else { "E53" }], "{case}");
     }
 }
 
@@ -267,22 +281,30 @@ fn a_definition_that_knows_one_treatment_of_the_norm_breaks_a_law() {
     assert_eq!(holds(&Altered { deaf_definition: true, ..Altered::default() }), (false, false));
 }
 
-/// Witnesses that a gradient of the case must have.
-fn expected_witnesses(subject: &dyn Subject, case: &Case, tensor: &str) -> Vec<Witness> {
+/// Identities that a case must have.
+fn expected_identities(subject: &dyn Subject, case: &Case) -> Vec<&'static str> {
     let config: Config = case.settings().expect("settings");
-    let plain = config.method == Method::Wora
-        && !case.tensors.contains_key("dropout_mask")
-        && !(config.norm_gradient == NormGradient::Full && config.norm_eps != 0.0)
-        && subject.is_gradient_of_the_loss(case).expect("a layer");
-    match tensor.strip_prefix("grad.") {
-        None => Witness::ALL[..2].to_vec(),
-        Some(name) if plain && name != "base.bias" => Witness::ALL.to_vec(),
-        Some(_) => Witness::ALL[..4].to_vec(),
+    if !subject.is_gradient_of_the_loss(case).expect("a layer") {
+        return vec![];
     }
+    let (wora, norm) = (config.method == Method::Wora, config.method != Method::Lora);
+    let masked = case.tensors.contains_key("dropout_mask");
+    let full = config.norm_gradient == NormGradient::Full;
+    let radial = if full { "E53" } else { "E52" };
+    let all = [
+        ("E49", true),
+        ("E49", wora),
+        ("E50", wora && !masked),
+        ("E51", norm && !masked),
+        (radial, norm && (wora || !masked) && !(full && config.norm_eps != 0.0)),
+        ("E54", matches!(case.tensors["x"], Tensor::Float(_)) && !masked),
+    ];
+    all.into_iter().filter(|(_, holds)| *holds).map(|(label, _)| label).collect()
 }
 
 #[test]
 fn every_small_case_has_every_witness_and_every_witness_is_sharp() {
+    let mut silent = 0;
     for &layer in LAYERS {
         let small: Vec<_> = layer.specs().iter().filter(|spec| !spec.name.contains("large")).collect();
         assert!(small.len() >= 12, "{}", layer.name());
@@ -292,9 +314,10 @@ fn every_small_case_has_every_witness_and_every_witness_is_sharp() {
             assert!(report.agrees(), "{report}");
             for tensor in &report.tensors {
                 let place = format!("{} {}", spec.name, tensor.name);
-                for witness in expected_witnesses(layer, &case, &tensor.name) {
-                    assert!(tensor.witness(witness).is_some(), "{place}: no {witness}");
-                }
+                let speak = if tensor.name.starts_with("grad.") { &Witness::ALL[..4] } else { &Witness::ALL[..2] };
+                let witnesses: Vec<_> = tensor.witnesses.iter().map(|says| says.witness).collect();
+                let says: Vec<_> = tensor.worst.as_ref().expect("one").says.iter().map(|said| said.witness).collect();
+                assert_eq!((witnesses.as_slice(), says.as_slice()), (speak, speak), "{place}");
                 if let Some(says) = tensor.witness(Witness::Differences) {
                     let worst = &says.worst;
                     assert!(worst.error <= 1e-11 * worst.size, "{place}: {worst:?}");
@@ -305,8 +328,46 @@ fn every_small_case_has_every_witness_and_every_witness_is_sharp() {
                     assert!(worst.error <= 1e-13 * worst.size, "{place}: {worst:?}");
                 }
             }
+            // One whose terms are all 0 says nothing: B = 0, alpha = 0 or beta = 0.
+            let mut expected = expected_identities(layer, &case);
+            let nothing = |label: &&str| match spec.name.split_once('-').expect("a layer and a case").1 {
+                "fresh-b" | "alpha-0-full" => *label == "E49",
+                "beta-0-full" => *label == "E50",
+                _ => false,
+            };
+            let before = expected.len();
+            expected.retain(|label| !nothing(label));
+            silent += before - expected.len();
+            let labels: Vec<_> = report.identities.iter().map(|identity| identity.label).collect();
+            assert_eq!(labels, expected, "{}", spec.name);
+            for identity in &report.identities {
+                assert!(identity.size > 0.0 && identity.error <= 1e-13 * identity.size, "{}: {identity}", spec.name);
+            }
         }
     }
+    assert_eq!(silent, 11);
+}
+
+#[test]
+fn what_has_nothing_to_compare_does_not_agree() {
+    let forward = |_: &Tensors| arr0(1.0).into_dyn();
+    let function = Hand { forward, backward: |_: &Tensors, _: &ArrayD<f64>| Tensors::new(), affine: true };
+    let report = gradcheck(&function, &Tensors::new(), Options::default());
+    assert_eq!((report.agrees(), report.to_string().as_str()), (false, "hand: nothing was compared"));
+    let empty = ArrayD::zeros(vec![0, 3]);
+    let report = elementwise(true, empty, |_, x| x, |_, _| 1.0);
+    assert_eq!((report.agrees(), report.tensors[0].verdict), (false, Verdict::Unresolved));
+    assert!(report.to_string().contains("it has no elements"), "{report}");
+}
+
+#[test]
+fn a_report_in_json_says_which_number_is_none() {
+    let report = tampered("linear-plain", |results| results.get_mut("grad.x").expect("dx")[[1, 2]] = f64::NAN);
+    let json = serde_json::to_value(&report).expect("a report");
+    let dx = json["tensors"].as_array().expect("tensors").iter().find(|one| one["name"] == "grad.x").expect("dx");
+    assert_eq!(dx["worst"]["place"], serde_json::json!({"element": [1, 2]}));
+    assert_eq!((&dx["worst"]["ours"], &dx["worst"]["says"][0]["error"]), (&"NaN".into(), &"inf".into()));
+    assert!(!json.to_string().contains("null,\"error\""), "{json}");
 }
 
 #[test]
@@ -393,11 +454,11 @@ fn one_wrong_element_of_a_large_layer_is_found_and_named() {
     let report =
         tampered("linear-large", |results| results.get_mut("grad.base.weight").expect("dW")[place] *= 1.0 + 1e-6);
     let found = tensor(&report, "grad.base.weight");
-    assert_eq!(found.worst.as_ref().expect("an element").index, place);
+    assert_eq!(worst_place(found), Place::Element(place.to_vec()));
     for witness in [Witness::Differences, Witness::Duals] {
         assert_eq!(contradicted(&report, witness), ["grad.base.weight"], "{witness}");
         let says = found.witness(witness).expect("its word");
-        assert_eq!(says.worst.index, place, "{witness}");
+        assert_eq!(says.worst.place, Place::Element(place.to_vec()), "{witness}");
         // Looking at every element would find it too, but not in time.
         assert!(says.elements < 20, "{}", says.elements);
     }
@@ -469,9 +530,8 @@ fn one_wrong_element_of_fifty_thousand_is_found_and_named() {
         let df = |i: usize, x: f64| right(i, x) * if i == wrong { 1.0 + 1e-6 } else { 1.0 };
         let report = elementwise(false, many(), |_, x| x.tanh(), df);
         assert_eq!(verdict(&report), Verdict::Disagree);
-        let place = [wrong / 500, wrong % 500];
-        assert_eq!(report.tensors[0].worst.as_ref().expect("an element").index, place);
-        assert_eq!(report.tensors[0].witnesses[0].worst.index, place);
+        let place = Place::Element(vec![wrong / 500, wrong % 500]);
+        assert_eq!((&worst_place(&report.tensors[0]), &report.tensors[0].witnesses[0].worst.place), (&place, &place));
     }
     assert_eq!(verdict(&elementwise(false, many(), |_, x| x.tanh(), right)), Verdict::Agree);
 }
@@ -495,7 +555,7 @@ fn one_wrong_element_of_fifty_thousand_is_found_where_every_output_depends_on_it
     };
     assert_eq!(verdict(&report(1.001)), Verdict::Disagree);
     let found = report(1.001);
-    assert_eq!(found.tensors[0].worst.as_ref().expect("an element").index, [wrong / 500, wrong % 500]);
+    assert_eq!(worst_place(&found.tensors[0]), Place::Element(vec![wrong / 500, wrong % 500]));
 }
 
 #[test]
@@ -538,7 +598,7 @@ fn a_kink_in_one_element_of_several_is_unresolved_and_named() {
         let together = gradcheck(&function, &named(x.clone()), Options::default());
         for report in [apart, together] {
             assert_eq!(verdict(&report), Verdict::Unresolved, "{report}");
-            assert_eq!(report.tensors[0].worst.as_ref().expect("an element").index, [2]);
+            assert_eq!(worst_place(&report.tensors[0]), Place::Element(vec![2]));
         }
     }
 }
@@ -913,16 +973,25 @@ fn the_json_report_holds_every_witness_of_every_tensor() {
     for tensor in tensors {
         let name = tensor["name"].as_str().expect("a name");
         let all = Witness::ALL.map(|witness| witness.to_string());
-        let expected = match name {
-            "grad.base.bias" => &all[..4],
-            _ if name.starts_with("grad.") => &all[..],
-            _ => &all[..2],
-        };
+        let expected = if name.starts_with("grad.") { &all[..4] } else { &all[..2] };
         assert_eq!(names(&tensor["witnesses"]), expected, "{name}");
-        let says = names(&tensor["worst"]["says"]);
-        // An identity speaks of the tensor as a whole, the others of an element.
-        let of_elements: Vec<_> = expected.iter().filter(|name| *name != "identities").cloned().collect();
-        let whole = tensor["worst"]["index"].as_array().expect("an index").is_empty();
-        assert!(says == of_elements || whole && says == ["identities"] || says == expected, "{name}: {says:?}");
+        assert_eq!(names(&tensor["worst"]["says"]), expected, "{name}");
+    }
+    let identities = report["cases"][0]["identities"].as_array().expect("identities");
+    let labels: Vec<_> = identities.iter().map(|one| one["label"].as_str().expect("a label")).collect();
+    assert_eq!(labels, ["E49", "E49", "E50", "E51", "E52", "E54"]);
+    assert_eq!(identities[2]["equation"], "<d base.weight, base.weight> = <d lora_wora_beta, lora_wora_beta>");
+    assert_eq!(report["seed"], 9);
+    assert_eq!(report["cases"][0]["again"], "wora check linear-plain --seed 9 --verbose");
+}
+
+#[test]
+fn lists_can_be_had_as_json() {
+    for mistakes in [&[][..], &["--mistakes"]] {
+        let (code, text) = wora(&[&["check", "--list"], mistakes].concat());
+        let names: Vec<&str> = text.lines().collect();
+        let (code_of_json, json) = wora(&[&["check", "--list", "--json"], mistakes].concat());
+        assert_eq!((code, code_of_json), (0, 0));
+        assert_eq!(serde_json::from_str::<Vec<&str>>(&json).expect("an array"), names);
     }
 }

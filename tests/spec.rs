@@ -21,13 +21,16 @@ fn number_after(text: &str, letter: char) -> Option<String> {
     (!digits.is_empty() && !digits.starts_with('0')).then(|| format!("{letter}{digits}"))
 }
 
-/// Labels in comments: `// E9`, `/// ... E5`, `(C1 to C8)`.
+/// Labels in comments, `// E9`, `/// ... E5`, `(C1 to C8)`, and those that are data, `"E49"`.
 fn cited() -> BTreeSet<String> {
     let mut files = Vec::new();
     sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut files);
-    let comments = files.iter().flat_map(|file| file.lines()).filter_map(|line| line.split_once("//"));
-    let words = comments.flat_map(|(_, comment)| comment.split(|c: char| !c.is_ascii_alphanumeric()));
+    let lines = || files.iter().flat_map(|file| file.lines());
+    let comments = lines().filter_map(|line| Some(line.split_once("//")?.1));
+    let words = comments.flat_map(|comment| comment.split(|c: char| !c.is_ascii_alphanumeric()));
+    let literals = lines().flat_map(|line| line.split('"').skip(1).step_by(2));
     words
+        .chain(literals)
         .filter_map(|word| {
             let label = number_after(word, 'E').or_else(|| number_after(word, 'C'))?;
             (label == word).then_some(label)

@@ -79,6 +79,14 @@ pub const LINEAR: &[Spec] = &[
     Spec { name: "linear-cancelling", twist: Twist::Cancelling, ..PLAIN },
     Spec { name: "linear-cancelling-full", twist: Twist::Cancelling, config: FULL, ..PLAIN },
     // Square, so that a transposed operand is a wrong number and no wrong shape.
+    Spec { name: "linear-square", x: &[6, 6], weight: &[6, 6], rank: 6, ..PLAIN },
+    Spec {
+        name: "linear-square-fan-in-fan-out",
+        weight: &[7, 7],
+        operator: r#"{"fan_in_fan_out":true}"#,
+        config: FULL,
+        ..PLAIN
+    },
     Spec { name: "linear-square-full", x: &[6, 6], weight: &[6, 6], rank: 6, config: FULL, ..PLAIN },
     Spec {
         name: "linear-square-dropout-per-input-full",

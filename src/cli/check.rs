@@ -1,10 +1,10 @@
 //! `wora check [FILTER]`: the hand-derived backward of every layer against its witnesses.
 
-use super::{Outcome, choose, mistakes, print, progress, table};
+use super::{Outcome, choose, list, mistakes, print, progress, table};
 use rayon::prelude::*;
 use serde_json::json;
 use woracle::Result;
-use woracle::gradcheck::{CaseReport, Options, TensorReport, Verdict, Witness, check};
+use woracle::gradcheck::{CaseReport, Identity, Options, Verdict, Witness, check};
 use woracle::registry::{LAYERS, Subject};
 
 /// Check every layer's forward and backward against the definition, differences, dual numbers and identities.
@@ -33,7 +33,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<Outcome> {
     let filter = args.filter.as_deref().unwrap_or("");
     if args.mistakes && args.list {
-        return mistakes::list(filter);
+        return mistakes::list(filter, args.json);
     }
     if args.mistakes {
         return mistakes::run(filter, args.seed, args.verbose, args.json);
@@ -41,9 +41,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     let all = LAYERS.iter().flat_map(|&layer| layer.specs().iter().map(move |spec| (layer, spec)));
     let chosen = choose(all.collect(), filter, |(_, spec)| spec.name, "a case's name (wora check --list)")?;
     if args.list {
-        let names: Vec<_> = chosen.iter().map(|(_, spec)| spec.name).collect();
-        print(&names.join("\n"))?;
-        return Ok(Outcome::Good);
+        return list(chosen.iter().map(|(_, spec)| spec.name), args.json);
     }
     let bar = progress(chosen.len());
     let one = |(layer, spec): (&dyn Subject, _)| {
@@ -54,7 +52,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     };
     let reports: Vec<CaseReport> = chosen.into_par_iter().map(one).collect();
     bar.finish_and_clear();
-    print(&if args.json { as_json(&reports) } else { as_text(&reports, &args) })?;
+    print(&if args.json { as_json(&reports, args.seed) } else { as_text(&reports, &args) })?;
     Ok(if reports.iter().all(CaseReport::agrees) { Outcome::Good } else { Outcome::Wrong })
 }
 
@@ -65,7 +63,7 @@ fn count(reports: &[CaseReport], verdict: Verdict) -> usize {
 fn as_text(reports: &[CaseReport], args: &Args) -> String {
     let mut text = if args.verbose { details(reports) } else { as_table(reports) };
     for report in reports.iter().filter(|report| !report.agrees()) {
-        text += &format!("\n{report}\n  again: wora check {} --seed {} --verbose", report.name, args.seed);
+        text += &format!("\n{report}\n  again: {}", again(report, args.seed));
     }
     let [agree, disagree, unresolved] =
         [Verdict::Agree, Verdict::Disagree, Verdict::Unresolved].map(|verdict| count(reports, verdict));
@@ -77,57 +75,94 @@ fn as_text(reports: &[CaseReport], args: &Args) -> String {
     if laws > 0 {
         text += &format!("\n{laws} laws do not hold");
     }
+    let broken = identities(reports).filter(|identity| identity.verdict != Verdict::Agree).count();
+    if broken > 0 {
+        text += &format!("\n{broken} identities do not hold");
+    }
     let cases = if reports.len() == 1 { "1 case".into() } else { format!("{} cases", reports.len()) };
     text + &format!("\n{cases}, {agree} tensors agree, {disagree} disagree, {unresolved} unresolved")
 }
 
-/// One row a tensor: its worst element, and by how much each witness differs there and may.
+fn identities(reports: &[CaseReport]) -> impl Iterator<Item = &Identity> {
+    reports.iter().flat_map(|report| &report.identities)
+}
+
+/// The command that checks just this case.
+fn again(report: &CaseReport, seed: u64) -> String {
+    format!("wora check {} --seed {seed} --verbose", report.name)
+}
+
+/// One row a tensor, its worst element and by how much each witness differs there and may; one row an identity.
 fn as_table(reports: &[CaseReport]) -> String {
     let witnesses = Witness::ALL.map(|witness| witness.to_string());
     let columns = ["case", "tensor", "worst at", "ours"].into_iter().chain(witnesses.iter().map(String::as_str));
     let mut table = table(&columns.chain(["verdict"]).collect::<Vec<_>>());
+    let off = |error: f64, budget: f64| format!("{error:.0e} of {budget:.0e}");
     for report in reports {
         for tensor in &report.tensors {
-            let (place, ours) = tensor
-                .worst
-                .as_ref()
-                .map_or_else(Default::default, |worst| (format!("{:?}", worst.index), format!("{:.6e}", worst.ours)));
+            let worst = tensor.worst.as_ref();
+            let place = worst.map_or_else(String::new, |worst| worst.place.to_string());
+            let ours = worst.map_or_else(String::new, |worst| format!("{:.6e}", worst.ours));
             let said = Witness::ALL.map(|witness| {
-                let says = tensor.witness(witness);
-                says.map_or_else(String::new, |says| format!("{:.0e} of {:.0e}", says.worst.error, says.worst.budget))
+                let said = worst.and_then(|worst| worst.says.iter().find(|said| said.witness == witness));
+                said.map_or_else(String::new, |said| off(said.error, said.budget))
             });
             let row = [report.name.clone(), tensor.name.clone(), place, ours].into_iter().chain(said);
             table.add_row(row.chain([tensor.verdict.to_string()]));
         }
+        for Identity { label, left, error, budget, verdict, .. } in &report.identities {
+            let start = [report.name.clone(), label.to_string(), String::new(), format!("{left:.6e}")];
+            let said = Witness::ALL.map(|witness| match witness {
+                Witness::Identities => off(*error, *budget),
+                _ => String::new(),
+            });
+            table.add_row(start.into_iter().chain(said).chain([verdict.to_string()]));
+        }
     }
-    let furthest = |witness| {
-        let all = reports.iter().flat_map(|report| &report.tensors).filter_map(|tensor| tensor.witness(witness));
-        let relative = all.map(|says| says.worst.error / says.worst.size).filter(|relative| !relative.is_nan());
-        format!("{witness} {:.0e}", relative.fold(0.0, f64::max))
+    let furthest = |parts: &mut dyn Iterator<Item = f64>| {
+        format!("{:.0e}", parts.filter(|part| !part.is_nan()).fold(0.0, f64::max))
+    };
+    let of = |witness| {
+        let all = reports.iter().flat_map(|report| &report.tensors).filter_map(move |tensor| tensor.witness(witness));
+        furthest(&mut all.map(|says| says.worst.error / says.worst.size))
     };
     format!(
-        "{table}\nEach witness: the error nearest to its budget, of that budget.\n\
-         Largest of these errors in parts of the terms that an element is the sum of: {}, {}, {}.",
-        furthest(Witness::Differences),
-        furthest(Witness::Duals),
-        furthest(Witness::Identities)
+        "{table}\nEach witness: the error at the worst element, of the budget for it. \
+         E49 to E54: the identities of SPEC.md, section 8.3.\n\
+         Largest error in parts of the terms that a number is the sum of: \
+         differences {}, duals {}, identities {}.",
+        of(Witness::Differences),
+        of(Witness::Duals),
+        furthest(&mut identities(reports).map(|identity| identity.error / identity.size))
     )
 }
 
-/// Every tensor's worst element in full: the value, what each witness makes of it, and how sure it is.
+/// Every tensor's worst element, every identity and every law in full.
 fn details(reports: &[CaseReport]) -> String {
-    let lines = |(report, tensor): (&CaseReport, &TensorReport)| {
-        let Some(worst) = &tensor.worst else { return String::new() };
-        let says = worst.says.iter().map(|said| format!("\n{said}")).collect::<String>();
-        format!("{}: {} {:?}: {}\n{worst}{says}", report.name, tensor.name, worst.index, tensor.verdict)
+    let lines = |report: &CaseReport| {
+        let tensors = report.tensors.iter().map(|tensor| tensor.to_string());
+        let identities = report.identities.iter().map(|identity| identity.to_string());
+        let laws =
+            report.laws.iter().map(|law| format!("{}: {}", law.name, if law.holds { "holds" } else { "BROKEN" }));
+        let all = tensors.chain(identities).chain(laws);
+        all.map(|text| format!("{}: {text}", report.name)).collect::<Vec<_>>().join("\n")
     };
-    let all = reports.iter().flat_map(|report| report.tensors.iter().map(move |tensor| (report, tensor)));
-    all.map(lines).collect::<Vec<_>>().join("\n")
+    reports.iter().map(lines).collect::<Vec<_>>().join("\n")
 }
 
-fn as_json(reports: &[CaseReport]) -> String {
+fn as_json(reports: &[CaseReport], seed: u64) -> String {
+    /// A report, and the command that makes it again.
+    #[derive(serde::Serialize)]
+    struct Again<'a> {
+        #[serde(flatten)]
+        report: &'a CaseReport,
+        agrees: bool,
+        again: String,
+    }
+    let again = |report| Again { report, agrees: report.agrees(), again: again(report, seed) };
     json!({
-        "cases": reports,
+        "seed": seed,
+        "cases": reports.iter().map(again).collect::<Vec<_>>(),
         "agree": count(reports, Verdict::Agree),
         "disagree": count(reports, Verdict::Disagree),
         "unresolved": count(reports, Verdict::Unresolved),

@@ -35,10 +35,9 @@ fn chosen(filter: &str) -> Result<Vec<&'static Mistake>> {
     choose(MISTAKES.iter().collect(), filter, |mistake| mistake.id, what)
 }
 
-/// Prints the ids, one a line.
-pub fn list(filter: &str) -> Result<Outcome> {
-    print(&chosen(filter)?.iter().map(|mistake| mistake.id).collect::<Vec<_>>().join("\n"))?;
-    Ok(Outcome::Good)
+/// Prints the ids.
+pub fn list(filter: &str, as_json: bool) -> Result<Outcome> {
+    super::list(chosen(filter)?.iter().map(|mistake| mistake.id), as_json)
 }
 
 pub fn run(filter: &str, seed: u64, verbose: bool, as_json: bool) -> Result<Outcome> {
@@ -52,7 +51,7 @@ pub fn run(filter: &str, seed: u64, verbose: bool, as_json: bool) -> Result<Outc
     };
     let rows: Vec<Row> = chosen.into_par_iter().map(one).collect::<Result<_>>()?;
     bar.finish_and_clear();
-    print(&if as_json { json_of(&rows) } else { text_of(&rows, verbose) })?;
+    print(&if as_json { json_of(&rows, seed) } else { text_of(&rows, verbose) })?;
     Ok(if rows.iter().all(Row::killed) { Outcome::Good } else { Outcome::Wrong })
 }
 
@@ -98,7 +97,7 @@ fn text_of(rows: &[Row], verbose: bool) -> String {
     text + &format!("\n{} / {} mistakes killed", rows.iter().filter(|row| row.killed()).count(), rows.len())
 }
 
-fn json_of(rows: &[Row]) -> String {
+fn json_of(rows: &[Row], seed: u64) -> String {
     let mistakes = rows.iter().map(|row| {
         let Mistake { id, wrong, seen, section, .. } = row.mistake;
         json!({
@@ -107,6 +106,7 @@ fn json_of(rows: &[Row]) -> String {
         })
     });
     json!({
+        "seed": seed,
         "mistakes": mistakes.collect::<Vec<_>>(),
         "killed": rows.iter().filter(|row| row.killed()).count(),
         "total": rows.len(),

@@ -74,6 +74,13 @@ fn print(text: &str) -> woracle::Result<()> {
     }
 }
 
+/// Prints names, one a line or as a JSON array.
+fn list<'a>(names: impl Iterator<Item = &'a str>, as_json: bool) -> woracle::Result<Outcome> {
+    let names: Vec<_> = names.collect();
+    print(&if as_json { serde_json::json!(names).to_string() } else { names.join("\n") })?;
+    Ok(Outcome::Good)
+}
+
 /// The one whose name the filter is, or all whose names contain it; `what` says what it is a part of.
 fn choose<T>(all: Vec<T>, filter: &str, name: impl Fn(&T) -> &str, what: &str) -> woracle::Result<Vec<T>> {
     let exact = all.iter().any(|one| name(one) == filter);

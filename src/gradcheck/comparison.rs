@@ -1,9 +1,11 @@
 //! What witnesses say of a tensor, a budget for every element, one verdict.
 
 use super::differences::Rung;
+use super::{RESOLUTION, SLACK};
 use crate::case::unravel;
+use crate::{Rounded, Scalar};
 use ndarray::ArrayD;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use std::fmt;
 
 /// Who says what a result should be. SPEC.md, section 8.2.
@@ -18,7 +20,7 @@ pub enum Witness {
     Differences,
     /// Dual numbers through the definition.
     Duals,
-    /// Identities that need no step.
+    /// Identities that need no step: between tensors, not of one alone.
     Identities,
 }
 
@@ -51,22 +53,68 @@ pub enum Verdict {
     Disagree,
 }
 
+/// Where a number under comparison comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Place<Index = Vec<usize>> {
+    /// An element of the tensor; `[]` is a scalar's.
+    Element(Index),
+    /// The derivative along one of the random directions through the whole tensor.
+    Direction(usize),
+}
+
+impl Place<usize> {
+    pub(super) fn element(self) -> Option<usize> {
+        match self {
+            Self::Element(element) => Some(element),
+            Self::Direction(_) => None,
+        }
+    }
+
+    fn within(self, shape: &[usize]) -> Place {
+        match self {
+            Self::Element(element) => Place::Element(unravel(element, shape)),
+            Self::Direction(direction) => Place::Direction(direction),
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Element(index) => write!(f, "{index:?}"),
+            Self::Direction(direction) => write!(f, "along direction {direction}"),
+        }
+    }
+}
+
+/// JSON has no word for these: they are written as text.
+pub(super) fn number<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    if value.is_finite() { serializer.serialize_f64(*value) } else { serializer.collect_str(value) }
+}
+
 /// The element that comes closest to its budget, or exceeds it most.
 #[derive(Clone, Debug, Serialize)]
 pub struct Worst {
-    /// Where; empty for a scalar, an identity, or the derivative along a direction through every element.
-    pub index: Vec<usize>,
+    /// Where.
+    pub place: Place,
     /// The value under test.
+    #[serde(serialize_with = "number")]
     pub ours: f64,
     /// The witness's value.
+    #[serde(serialize_with = "number")]
     pub theirs: f64,
     /// `|ours - theirs|`; infinite where one of them is not a number.
+    #[serde(serialize_with = "number")]
     pub error: f64,
     /// How far off the witness may be by itself.
+    #[serde(serialize_with = "number")]
     pub uncertainty: f64,
     /// What the error may be.
+    #[serde(serialize_with = "number")]
     pub budget: f64,
     /// What the error is relative to: the root of the summed squares of the terms of this element.
+    #[serde(serialize_with = "number")]
     pub size: f64,
 }
 
@@ -79,9 +127,9 @@ pub struct Comparison {
     pub verdict: Verdict,
     /// How many elements and directions were compared.
     pub elements: usize,
-    /// The worst of them.
+    /// The worst of them; an element before a direction that is judged alike.
     pub worst: Worst,
-    /// Where differences do not agree, the ladder at the worst element.
+    /// Where differences do not agree, the ladder at the worst element or direction.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub ladder: Vec<Rung>,
 }
@@ -91,8 +139,11 @@ pub struct Comparison {
 pub struct TensorReport {
     /// The name in a case file, or `grad.` and an input's name.
     pub name: String,
-    /// The worst of the witnesses' verdicts.
+    /// The worst of the witnesses' verdicts; unresolved where there is nothing to compare.
     pub verdict: Verdict,
+    /// Why nothing could be compared: a result that is missing, has another shape, or should not be there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mismatch: Option<String>,
     /// The element that exceeds a budget most, or comes closest to one.
     pub worst: Option<Element>,
     /// One comparison a witness.
@@ -103,10 +154,12 @@ pub struct TensorReport {
 #[derive(Clone, Debug, Serialize)]
 pub struct Element {
     /// Where.
-    pub index: Vec<usize>,
+    pub place: Place,
     /// The value under test.
+    #[serde(serialize_with = "number")]
     pub ours: f64,
     /// What its error may be, by the witness that it comes closest to failing.
+    #[serde(serialize_with = "number")]
     pub budget: f64,
     /// One line a witness.
     pub says: Vec<Said>,
@@ -118,16 +171,23 @@ pub struct Said {
     /// Who.
     pub witness: Witness,
     /// What the element is.
+    #[serde(serialize_with = "number")]
     pub value: f64,
     /// How far off that may be.
+    #[serde(serialize_with = "number")]
     pub uncertainty: f64,
+    /// How far from it the value under test is; infinite where one of them is not a number.
+    #[serde(serialize_with = "number")]
+    pub error: f64,
+    /// What that may be.
+    #[serde(serialize_with = "number")]
+    pub budget: f64,
 }
 
 /// One number under comparison.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Point {
-    /// Row-major index; `None` for a number made of the whole tensor.
-    pub index: Option<usize>,
+    pub place: Place<usize>,
     pub ours: f64,
     pub theirs: f64,
     pub uncertainty: f64,
@@ -138,23 +198,33 @@ pub(super) struct Point {
     pub widest: f64,
 }
 
+/// How far apart two numbers are: infinitely where one is none.
+pub(super) fn distance(one: f64, other: f64) -> f64 {
+    let error = (one - other).abs();
+    if error.is_nan() { f64::INFINITY } else { error }
+}
+
+/// Whether a number is what it should be, within a budget that is unresolved where it is wider than `widest`.
+pub(super) fn judge(ours: f64, theirs: f64, budget: f64, widest: f64) -> Verdict {
+    let error = distance(ours, theirs);
+    let within = error == 0.0 || error <= budget;
+    // A budget that is not a number is exceeded by any error, and never narrow enough.
+    if !ours.is_finite() || !within {
+        Verdict::Disagree
+    } else if budget <= widest {
+        Verdict::Agree
+    } else {
+        Verdict::Unresolved
+    }
+}
+
 impl Point {
     pub fn error(&self) -> f64 {
-        let error = (self.ours - self.theirs).abs();
-        if error.is_nan() { f64::INFINITY } else { error }
+        distance(self.ours, self.theirs)
     }
 
     pub fn verdict(&self) -> Verdict {
-        let error = self.error();
-        let within = error == 0.0 || error <= self.budget;
-        // A budget that is not a number is exceeded by any error, and never narrow enough.
-        if !self.ours.is_finite() || !within {
-            Verdict::Disagree
-        } else if self.budget <= self.widest {
-            Verdict::Agree
-        } else {
-            Verdict::Unresolved
-        }
+        judge(self.ours, self.theirs, self.budget, self.widest)
     }
 
     /// Error over budget: 0 without an error, infinite without a budget for it.
@@ -165,6 +235,11 @@ impl Point {
             (false, ratio) if ratio.is_nan() => f64::INFINITY,
             (false, ratio) => ratio,
         }
+    }
+
+    /// What makes one point worse than another: an element says more than a direction that is judged alike.
+    fn rank(&self) -> (Verdict, bool, f64) {
+        (self.verdict(), self.place.element().is_some(), self.excess())
     }
 }
 
@@ -180,70 +255,73 @@ impl Testimony {
         Self { witness, points, ladder: Vec::new() }
     }
 
-    /// A result that one of the two does not have.
-    pub fn missing(witness: Witness) -> Self {
-        let nan = f64::NAN;
-        let nothing =
-            Point { index: None, ours: nan, theirs: nan, uncertainty: 0.0, budget: 0.0, size: nan, widest: nan };
-        Self::new(witness, vec![nothing])
-    }
-
-    /// A witness that knows every element of a tensor, in its shape.
-    pub fn of_all(witness: Witness, ours: &ArrayD<f64>, theirs: &ArrayD<f64>, budget: &ArrayD<f64>) -> Self {
-        let point = |(index, ((&ours, &theirs), &budget)): (usize, ((&f64, &f64), &f64))| Point {
-            index: Some(index),
-            ours,
-            theirs,
-            uncertainty: budget,
-            budget,
-            size: f64::NAN,
-            widest: f64::MAX,
+    /// A witness that knows every element of a tensor, in its shape, computed in a type of this unit roundoff;
+    /// `expected` says how far off such a computation may be.
+    pub fn of_all(
+        witness: Witness,
+        ours: &ArrayD<f64>,
+        theirs: &ArrayD<f64>,
+        expected: &ArrayD<Rounded>,
+        unit: f64,
+    ) -> Self {
+        let widest = RESOLUTION * (unit / f64::UNIT_ROUNDOFF);
+        let point = |(element, ((&ours, &theirs), expected)): (usize, ((&f64, &f64), &Rounded))| {
+            let (budget, size) = (SLACK * unit * expected.roundings(), expected.size());
+            let place = Place::Element(element);
+            Point { place, ours, theirs, uncertainty: budget, budget, size, widest: widest * size }
         };
-        Self::new(witness, ours.iter().zip(theirs).zip(budget).enumerate().map(point).collect())
+        Self::new(witness, ours.iter().zip(theirs).zip(expected).enumerate().map(point).collect())
     }
 
     pub fn verdict(&self) -> Verdict {
-        self.points.iter().map(Point::verdict).max().unwrap_or(Verdict::Agree)
+        self.points.iter().map(Point::verdict).max().unwrap_or(Verdict::Unresolved)
     }
 
     pub fn worst(&self) -> Option<&Point> {
-        self.points.iter().max_by(|a, b| {
-            (a.verdict(), a.excess()).partial_cmp(&(b.verdict(), b.excess())).expect("an excess is a number")
-        })
+        self.points.iter().max_by(|a, b| a.rank().partial_cmp(&b.rank()).expect("an excess is a number"))
     }
 
-    fn at(&self, index: Option<usize>) -> Option<&Point> {
-        self.points.iter().find(|point| point.index == index)
+    pub fn at(&self, place: Place<usize>) -> Option<&Point> {
+        self.points.iter().find(|point| point.place == place)
     }
 }
 
 impl TensorReport {
     /// All that was said of a tensor of this shape.
     pub(super) fn new(name: String, shape: &[usize], testimonies: Vec<Testimony>) -> Self {
-        let place = |index: Option<usize>| index.map_or_else(Vec::new, |index| unravel(index, shape));
         // f32 has the widest budget, which says little of an f64 value: it comes last where all agree.
         let all = testimonies.iter().filter_map(|testimony| Some((testimony.witness, testimony.worst()?)));
         let worst = all.max_by(|(a, one), (b, other)| {
-            let rank = |witness: Witness, point: &Point| (point.verdict(), witness != Witness::F32, point.excess());
+            let rank = |witness: Witness, point: &Point| {
+                let (verdict, is_element, excess) = point.rank();
+                (verdict, is_element, witness != Witness::F32, excess)
+            };
             rank(*a, one).partial_cmp(&rank(*b, other)).expect("an excess is a number")
         });
-        let worst = worst.map(|(_, &Point { index, ours, budget, .. })| {
+        let worst = worst.map(|(_, &Point { place, ours, budget, .. })| {
             let said = |testimony: &Testimony| {
-                let point = testimony.at(index)?;
-                let (witness, value, uncertainty) = (testimony.witness, point.theirs, point.uncertainty);
-                Some(Said { witness, value, uncertainty })
+                let point = testimony.at(place)?;
+                let &Point { theirs: value, uncertainty, budget, .. } = point;
+                Some(Said { witness: testimony.witness, value, uncertainty, error: point.error(), budget })
             };
-            Element { index: place(index), ours, budget, says: testimonies.iter().filter_map(said).collect() }
+            let says = testimonies.iter().filter_map(said).collect();
+            Element { place: place.within(shape), ours, budget, says }
         });
         let verdict = testimonies.iter().map(Testimony::verdict).max().unwrap_or(Verdict::Unresolved);
         let witnesses = testimonies.into_iter().filter_map(|testimony| {
             let &point = testimony.worst()?;
-            let Point { index, ours, theirs, uncertainty, budget, size, .. } = point;
-            let worst = Worst { index: place(index), ours, theirs, error: point.error(), uncertainty, budget, size };
+            let Point { place, ours, theirs, uncertainty, budget, size, .. } = point;
+            let place = place.within(shape);
+            let worst = Worst { place, ours, theirs, error: point.error(), uncertainty, budget, size };
             let (witness, verdict, elements) = (testimony.witness, testimony.verdict(), testimony.points.len());
             Some(Comparison { witness, verdict, elements, worst, ladder: testimony.ladder })
         });
-        Self { name, verdict, worst, witnesses: witnesses.collect() }
+        Self { name, verdict, mismatch: None, worst, witnesses: witnesses.collect() }
+    }
+
+    /// A result that cannot be compared, which is wrong whichever side it is wrong on.
+    pub(super) fn mismatch(name: String, mismatch: String) -> Self {
+        Self { name, verdict: Verdict::Disagree, mismatch: Some(mismatch), worst: None, witnesses: vec![] }
     }
 
     /// What this witness says, where it says something.

@@ -10,6 +10,7 @@
 //! ```
 
 use super::RESOLUTION;
+use super::comparison::number;
 use super::function::{Along, Direction, Function, sum};
 use crate::case::Tensors;
 use crate::{Result, Scalar};
@@ -52,8 +53,10 @@ pub struct Rung {
     /// The step.
     pub step: f64,
     /// The difference.
+    #[serde(serialize_with = "number")]
     pub value: f64,
     /// Its distance from what the ladder extrapolates to.
+    #[serde(serialize_with = "number")]
     pub error: f64,
 }
 

@@ -1,9 +1,9 @@
 //! Any function of named arrays, and how its hand-derived gradients are surveyed.
 
-use super::comparison::{Point, TensorReport, Testimony, Verdict, Witness};
+use super::comparison::{Place, Point, TensorReport, Testimony, Verdict, Witness};
 use super::differences::{Differences, Estimate};
 use super::duals::Duals;
-use super::{CaseReport, Law, Options, RESOLUTION, SLACK};
+use super::{CaseReport, Found, Law, Options, RESOLUTION, SLACK};
 use crate::case::Tensors;
 use crate::cases::Draw;
 use crate::{Dual, DualTensors, Real, Result, Rounded, Scalar};
@@ -49,6 +49,25 @@ pub trait Function: Sync {
 /// A direction through a tensor: some of its elements, each with a speed.
 pub(super) type Direction = [(usize, f64)];
 
+/// Where a gradient is looked at.
+struct Probe {
+    place: Place<usize>,
+    direction: Vec<(usize, f64)>,
+}
+
+impl Probe {
+    fn element(element: usize) -> Self {
+        Self { place: Place::Element(element), direction: vec![(element, 1.0)] }
+    }
+
+    fn is(&self, element: usize) -> bool {
+        self.place == Place::Element(element)
+    }
+}
+
+/// What a witness says of a gradient along a probe, given inputs that it may move and puts back.
+type Look<'a> = dyn Fn(&mut Tensors, &Probe) -> Result<Option<Point>> + Sync + 'a;
+
 /// A sum that is rounded as if once (Neumaier's): what is contracted here must not blur what is compared.
 pub(super) fn sum(terms: impl IntoIterator<Item = f64>) -> f64 {
     let (mut sum, mut lost) = (0.0_f64, 0.0);
@@ -76,7 +95,7 @@ pub fn gradcheck(function: &dyn Function, inputs: &Tensors, options: Options) ->
     CaseReport::of(function.name(), || survey(function, inputs, options))
 }
 
-fn survey(function: &dyn Function, inputs: &Tensors, options: Options) -> Result<(Vec<TensorReport>, Vec<Law>)> {
+fn survey(function: &dyn Function, inputs: &Tensors, options: Options) -> Result<Found> {
     let standard = |values: &ArrayD<f64>| values.as_standard_layout().into_owned();
     let inputs: Tensors = inputs.iter().map(|(name, values)| (name.clone(), standard(values))).collect();
     let y = standard(&function.forward(&inputs)?);
@@ -85,13 +104,17 @@ fn survey(function: &dyn Function, inputs: &Tensors, options: Options) -> Result
     let survey = Survey { function, inputs: &inputs, cotangent: &cotangent, y: &y, expected: None, options };
     let mut tensors = Vec::new();
     for name in inputs.keys().chain(gradients.keys()).collect::<BTreeSet<_>>() {
-        let gradient = gradients.get(name).map(standard);
-        let fits = |gradient: &ArrayD<f64>| inputs.get(name).is_some_and(|input| input.shape() == gradient.shape());
-        let (shape, testimonies) = match gradient.filter(fits) {
-            None => (vec![], vec![Testimony::missing(Witness::Differences)]),
-            Some(gradient) => (gradient.shape().to_vec(), survey.testimonies(name, &gradient, None)?),
-        };
-        tensors.push(TensorReport::new(format!("grad.{name}"), &shape, testimonies));
+        let (input, gradient) = (inputs.get(name), gradients.get(name).map(standard));
+        let result = format!("grad.{name}");
+        tensors.push(match (input, gradient) {
+            (Some(input), Some(gradient)) if input.shape() == gradient.shape() => {
+                TensorReport::new(result, input.shape(), survey.testimonies(name, &gradient, &[])?)
+            }
+            (input, gradient) => {
+                let (expected, found) = (shape_of(input), shape_of(gradient.as_ref()));
+                TensorReport::mismatch(result, format!("expected {expected}, found {found}"))
+            }
+        });
     }
     let run = |y: &ArrayD<f64>, gradients: &Tensors| {
         let named = gradients.iter().map(|(name, values)| (format!("grad.{name}"), values.clone()));
@@ -107,7 +130,12 @@ fn survey(function: &dyn Function, inputs: &Tensors, options: Options) -> Result
         let same = y.shape() == by_duals.shape() && y.iter().zip(&by_duals).zip(&survey.roundings_of_y()).all(near);
         laws.push(Law { name: "dual numbers give the same y", holds: same });
     }
-    Ok((tensors, laws))
+    Ok(Found { tensors, identities: vec![], laws })
+}
+
+/// The shape of a result, where there is one.
+pub(super) fn shape_of(values: Option<&ArrayD<f64>>) -> String {
+    values.map_or_else(|| "none".into(), |values| format!("shape {:?}", values.shape()))
 }
 
 /// A function at a point, and what rounding to expect there.
@@ -123,99 +151,110 @@ pub(super) struct Survey<'a> {
 }
 
 impl Survey<'_> {
-    /// What differences and dual numbers say of a gradient; `also` is an element that they must look at.
-    pub fn testimonies(&self, tensor: &str, gradient: &ArrayD<f64>, also: Option<usize>) -> Result<Vec<Testimony>> {
+    /// What differences and dual numbers say of a gradient; `also` are elements that they must look at.
+    pub fn testimonies(&self, tensor: &str, gradient: &ArrayD<f64>, also: &[usize]) -> Result<Vec<Testimony>> {
         let gradient: Vec<f64> = gradient.iter().copied().collect();
-        let directions = self.directions(tensor, gradient.len(), also);
+        let mut probes = self.probes(tensor, gradient.len(), also);
         let roundings = self.roundings_of_y();
         let (function, inputs, cotangent) = (self.function, self.inputs, self.cotangent);
         let differences = Differences { function, inputs, cotangent, y: self.y, roundings: &roundings };
         let duals = Duals { function, inputs, cotangent };
 
-        let by_differences = |scratch: &mut Tensors, direction: &Direction| {
-            let (along, _) = differences.along(scratch, tensor, direction, &gradient)?;
-            Ok(Some(self.point(tensor, direction, &gradient, along).0))
+        let by_differences = |scratch: &mut Tensors, probe: &Probe| {
+            let (along, _) = differences.along(scratch, tensor, &probe.direction, &gradient)?;
+            Ok(Some(self.point(tensor, probe, &gradient, along).0))
         };
-        let by_duals = |_: &mut Tensors, direction: &Direction| {
-            let Some(along) = duals.along(tensor, direction)? else { return Ok(None) };
+        let by_duals = |_: &mut Tensors, probe: &Probe| {
+            let Some(along) = duals.along(tensor, &probe.direction)? else { return Ok(None) };
             // What dual numbers are uncertain by is rounding, and as much as the gradient's own.
-            let (point, rounding) = self.point(tensor, direction, &gradient, along);
+            let (point, rounding) = self.point(tensor, probe, &gradient, along);
             Ok(Some(Point { uncertainty: rounding, budget: rounding + point.budget, ..point }))
         };
-        let mut testimonies = Vec::new();
-        if let Some(points) = self.look(&directions, by_differences)? {
-            let mut testimony = Testimony::new(Witness::Differences, points);
-            if testimony.verdict() != Verdict::Agree
-                && let Some(index) = testimony.worst().and_then(|worst| worst.index)
-            {
-                testimony.ladder = differences.along(&mut inputs.clone(), tensor, &[(index, 1.0)], &gradient)?.1;
+        let witnesses: [(Witness, &Look<'_>); 2] =
+            [(Witness::Differences, &by_differences), (Witness::Duals, &by_duals)];
+        let mut testimonies: Vec<(Testimony, &Look<'_>)> = Vec::new();
+        for (witness, look) in witnesses {
+            let Some(points) = self.survey(&probes, look)? else { continue };
+            let testimony = Testimony::new(witness, points);
+            // What one finds worst the other looks at too.
+            let worst = testimony.worst().and_then(|worst| worst.place.element());
+            probes.extend(worst.filter(|&element| !probes.iter().any(|probe| probe.is(element))).map(Probe::element));
+            testimonies.push((testimony, look));
+        }
+        let mut scratch = inputs.clone();
+        for (testimony, look) in &mut testimonies {
+            for probe in &probes {
+                if testimony.at(probe.place).is_none() {
+                    testimony.points.extend(look(&mut scratch, probe)?);
+                }
             }
-            testimonies.push(testimony);
+            if testimony.witness == Witness::Differences
+                && testimony.verdict() != Verdict::Agree
+                && let Some(worst) = testimony.worst()
+                && let Some(probe) = probes.iter().find(|probe| probe.place == worst.place)
+            {
+                testimony.ladder = differences.along(&mut scratch, tensor, &probe.direction, &gradient)?.1;
+            }
         }
-        if let Some(points) = self.look(&directions, by_duals)? {
-            testimonies.push(Testimony::new(Witness::Duals, points));
-        }
-        Ok(testimonies)
+        Ok(testimonies.into_iter().map(|(testimony, _)| testimony).collect())
     }
 
-    /// Looks along every direction; one through many elements that disagrees is halved until one element is left.
-    fn look(
-        &self,
-        directions: &[Vec<(usize, f64)>],
-        along: impl Fn(&mut Tensors, &Direction) -> Result<Option<Point>> + Sync,
-    ) -> Result<Option<Vec<Point>>> {
-        let looked: Vec<Option<Point>> = directions
+    /// Looks along every probe; one through many elements that disagrees is halved until one element is left.
+    fn survey(&self, probes: &[Probe], look: &Look<'_>) -> Result<Option<Vec<Point>>> {
+        let looked: Vec<Option<Point>> = probes
             .par_iter()
-            .map_init(|| self.inputs.clone(), |scratch, direction| along(scratch, direction))
+            .map_init(|| self.inputs.clone(), |scratch, probe| look(scratch, probe))
             .collect::<Result<_>>()?;
         let Some(mut points) = looked.into_iter().collect::<Option<Vec<Point>>>() else { return Ok(None) };
         let wrong = |point: &Point| point.verdict() == Verdict::Disagree;
-        let found = points.iter().any(|point| wrong(point) && point.index.is_some());
-        let whole = points.iter().zip(directions).find(|(point, direction)| wrong(point) && direction.len() > 1);
-        if let (false, Some((_, direction))) = (found, whole) {
+        let found = points.iter().any(|point| wrong(point) && point.place.element().is_some());
+        let whole = points.iter().zip(probes).find(|(point, probe)| wrong(point) && probe.direction.len() > 1);
+        if let (false, Some((_, probe))) = (found, whole) {
             let mut scratch = self.inputs.clone();
-            let mut suspects: &Direction = direction;
+            let (place, mut suspects) = (probe.place, &probe.direction[..]);
             while suspects.len() > 1 {
                 let (left, right) = suspects.split_at(suspects.len() / 2);
-                let excess = |point: Option<Point>| point.map_or(0.0, |point| point.excess());
-                let (on_left, on_right) = (along(&mut scratch, left)?, along(&mut scratch, right)?);
-                suspects = if excess(on_left) >= excess(on_right) { left } else { right };
+                let mut excess = |half: &Direction| -> Result<f64> {
+                    let point = look(&mut scratch, &Probe { place, direction: half.to_vec() })?;
+                    Ok(point.map_or(0.0, |point| point.excess()))
+                };
+                suspects = if excess(left)? >= excess(right)? { left } else { right };
             }
-            points.extend(along(&mut scratch, &[(suspects[0].0, 1.0)])?);
+            points.extend(look(&mut scratch, &Probe::element(suspects[0].0))?);
         }
         Ok(Some(points))
     }
 
     /// Every element alone; of a large function some of them, and random directions through all.
-    fn directions(&self, tensor: &str, len: usize, also: Option<usize>) -> Vec<Vec<(usize, f64)>> {
+    fn probes(&self, tensor: &str, len: usize, also: &[usize]) -> Vec<Probe> {
         let Options { seed, large, samples, directions } = self.options;
         let total: usize = self.inputs.values().map(|values| values.len()).sum();
         if total <= large || len <= samples + directions {
-            return (0..len).map(|element| vec![(element, 1.0)]).collect();
+            return (0..len).map(Probe::element).collect();
         }
         let name_hash = tensor.bytes().fold(0u64, |hash, byte| hash.wrapping_mul(31).wrapping_add(u64::from(byte)));
         let mut rng = Pcg64::seed_from_u64(seed ^ name_hash);
         let sampled = (0..samples).map(|_| (rng.next_u64() % len as u64) as usize);
-        let elements: BTreeSet<usize> = sampled.chain(also).collect();
-        let mut all: Vec<_> = elements.into_iter().map(|element| vec![(element, 1.0)]).collect();
-        for _ in 0..directions {
-            all.push((0..len).map(|element| (element, if rng.next_u64() >> 63 == 0 { 1.0 } else { -1.0 })).collect());
+        let elements: BTreeSet<usize> = sampled.chain(also.iter().copied()).collect();
+        let mut all: Vec<_> = elements.into_iter().map(Probe::element).collect();
+        for number in 0..directions {
+            let sign = |element| (element, if rng.next_u64() >> 63 == 0 { 1.0 } else { -1.0 });
+            all.push(Probe { place: Place::Direction(number), direction: (0..len).map(sign).collect() });
         }
         all
     }
 
-    /// A gradient along a direction beside what a witness says, and the rounding error to expect of the gradient.
-    fn point(&self, tensor: &str, direction: &Direction, gradient: &[f64], along: Along) -> (Point, f64) {
+    /// A gradient along a probe beside what a witness says, and the rounding error to expect of the gradient.
+    fn point(&self, tensor: &str, probe: &Probe, gradient: &[f64], along: Along) -> (Point, f64) {
         let Along { estimate: Estimate { value, uncertainty }, terms } = along;
-        let ours = match *direction {
+        let ours = match *probe.direction {
             [(element, sign)] => sign * gradient[element],
-            _ => sum(direction.iter().map(|&(element, sign)| sign * gradient[element])),
+            _ => sum(probe.direction.iter().map(|&(element, sign)| sign * gradient[element])),
         };
-        let (roundings, size) = self.expected(tensor, direction, ours, terms);
+        let (roundings, size) = self.expected(tensor, &probe.direction, ours, terms);
         let (rounding, size) = (SLACK * f64::UNIT_ROUNDOFF * roundings, size.max(value.abs()));
         let (budget, widest) = (uncertainty + rounding, RESOLUTION * size);
-        let index = if let [(element, _)] = direction { Some(*element) } else { None };
-        (Point { index, ours, theirs: value, uncertainty, budget, size, widest }, rounding)
+        (Point { place: probe.place, ours, theirs: value, uncertainty, budget, size, widest }, rounding)
     }
 
     /// The rounding error to expect of the gradient along a direction, in unit roundoffs, and its size.

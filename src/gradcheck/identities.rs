@@ -1,26 +1,46 @@
 //! What must hold between the gradients of a layer at one point, without any step. SPEC.md, section 8.3.
 
-use super::SLACK;
-use super::comparison::{Point, Testimony, Witness};
+use super::comparison::{distance, judge, number};
+use super::{RESOLUTION, SLACK, Verdict};
 use crate::case::{Case, Tensor, Tensors};
 use crate::registry::Subject;
 use crate::wora::{Config, NormGradient};
 use crate::{Real, Result, Rounded, Scalar};
 use ndarray::ArrayD;
+use serde::Serialize;
 use std::collections::BTreeMap;
+
+/// An identity between gradients, evaluated on the results under test.
+#[derive(Clone, Debug, Serialize)]
+pub struct Identity {
+    /// Its label in SPEC.md.
+    pub label: &'static str,
+    /// What it says, with the names of the tensors.
+    pub equation: String,
+    /// Whether it holds.
+    pub verdict: Verdict,
+    /// The left side.
+    #[serde(serialize_with = "number")]
+    pub left: f64,
+    /// The right side.
+    #[serde(serialize_with = "number")]
+    pub right: f64,
+    /// Their distance; infinite where one is not a number.
+    #[serde(serialize_with = "number")]
+    pub error: f64,
+    /// What that may be.
+    #[serde(serialize_with = "number")]
+    pub budget: f64,
+    /// What the error is relative to: the root of the summed squares of the terms of both sides.
+    #[serde(serialize_with = "number")]
+    pub size: f64,
+}
 
 /// A signed sum of inner products `<d tensor, tensor>`; `y` stands for `<dy, y>`.
 type Side = Vec<(f64, &'static str)>;
 
-/// Two sides that must be equal, and the gradient that they are a witness for.
-struct Identity {
-    tensor: &'static str,
-    left: Side,
-    right: Side,
-}
-
-/// The identities that hold in a case.
-fn identities(subject: &dyn Subject, case: &Case) -> Result<Vec<Identity>> {
+/// The identities that hold in a case: label, left side, right side.
+fn that_hold(subject: &dyn Subject, case: &Case) -> Result<Vec<(&'static str, Side, Side)>> {
     if !subject.is_gradient_of_the_loss(case)? {
         return Ok(vec![]);
     }
@@ -34,55 +54,69 @@ fn identities(subject: &dyn Subject, case: &Case) -> Result<Vec<Identity>> {
     // What <dV, V> is made of: alpha and beta where they are learned, B and W0 where they are not.
     let of_lora = if has(alpha) { alpha } else { b };
     let of_base = if has(beta) { beta } else { weight };
-    let output: Side = vec![(1.0, "y"), (-1.0, "base.bias")];
-
-    let mut list = vec![];
-    let mut equal = |tensor, left: &Side, right: &Side| {
-        list.push(Identity { tensor, left: left.clone(), right: right.clone() });
-    };
     let one = |name| vec![(1.0, name)];
-    equal(a, &one(a), &one(of_lora)); // E49
-    equal(b, &one(b), &one(if has(alpha) { alpha } else { a })); // E49
+    let output = || if has("base.bias") { vec![(1.0, "y"), (-1.0, "base.bias")] } else { one("y") };
+
+    let mut list = vec![("E49", one(a), one(of_lora))];
+    if has(alpha) {
+        list.push(("E49", one(b), one(alpha)));
+    }
     if has(beta) && undropped {
-        equal(weight, &one(weight), &one(beta)); // E50
+        list.push(("E50", one(weight), one(beta)));
     }
     if config.has_norm() && undropped {
-        equal(magnitude, &one(magnitude), &output); // E51
+        list.push(("E51", one(magnitude), output()));
     }
-    if config.has_norm() && (has(beta) || undropped) && (!full || config.norm_eps == 0.0) {
+    if config.has_norm() && (has(beta) || undropped) {
         let radial = vec![(1.0, of_lora), (1.0, of_base)];
-        let held = if full { vec![] } else { one(magnitude) };
-        equal(of_lora, &radial, &held); // E52, E53
-        equal(of_base, &radial, &held); // E52, E53
+        match (full, config.norm_eps == 0.0) {
+            (false, _) => list.push(("E52", radial, one(magnitude))),
+            (true, true) => list.push(("E53", radial, vec![])),
+            (true, false) => {}
+        }
     }
     if matches!(case.tensors.get(x), Some(Tensor::Float(_))) && undropped {
-        equal(x, &one(x), &output); // E54
+        list.push(("E54", one(x), output()));
     }
     Ok(list)
 }
 
-/// Evaluates every identity of a case on the results under test; `expected` says how far off they may be.
-pub(super) fn testimonies(
+/// Evaluates every identity of a case on the results under test; `expected` says how far off they may be. One whose
+/// every term is 0 says nothing, and one about a result that is missing cannot be asked.
+pub(super) fn identities(
     subject: &dyn Subject,
     case: &Case,
     ours: &Tensors,
     expected: &BTreeMap<String, ArrayD<Rounded>>,
-) -> Result<BTreeMap<&'static str, Testimony>> {
-    let mut testimonies = BTreeMap::new();
-    for Identity { tensor, left, right } in identities(subject, case)? {
-        let sides = (side(case, ours, expected, &left)?, side(case, ours, expected, &right)?);
-        let (Some((ours, left)), Some((theirs, right))) = sides else { continue };
-        let difference = left - right;
-        let budget = SLACK * f64::UNIT_ROUNDOFF * difference.roundings();
-        let (size, widest) = (difference.size(), f64::MAX);
-        let point = Point { index: None, ours, theirs, uncertainty: budget, budget, size, widest };
-        testimonies.entry(tensor).or_insert_with(|| Testimony::new(Witness::Identities, vec![])).points.push(point);
+) -> Result<Vec<Identity>> {
+    let mut all = vec![];
+    for (label, left, right) in that_hold(subject, case)? {
+        let equation = format!("{} = {}", in_words(&left), in_words(&right));
+        let sides = (value(case, ours, expected, &left)?, value(case, ours, expected, &right)?);
+        let (Some((left, of_left)), Some((right, of_right))) = sides else { continue };
+        let difference = of_left - of_right;
+        let (budget, size) = (SLACK * f64::UNIT_ROUNDOFF * difference.roundings(), difference.size());
+        if size == 0.0 && left == 0.0 && right == 0.0 {
+            continue;
+        }
+        let (verdict, error) = (judge(left, right, budget, RESOLUTION * size), distance(left, right));
+        all.push(Identity { label, equation, verdict, left, right, error, budget, size });
     }
-    Ok(testimonies)
+    Ok(all)
+}
+
+/// A side as a reader writes it.
+fn in_words(side: &Side) -> String {
+    let term = |&(sign, name): &(f64, &str)| {
+        let product = if name == "y" { "<dy, y>".into() } else { format!("<d {name}, {name}>") };
+        format!("{} {product}", if sign < 0.0 { "-" } else { "+" })
+    };
+    let terms = side.iter().map(term).collect::<Vec<_>>().join(" ");
+    terms.strip_prefix("+ ").map_or_else(|| "0".into(), Into::into)
 }
 
 /// A side by the results under test, and its rounding; `None` where a result is missing.
-fn side(
+fn value(
     case: &Case,
     ours: &Tensors,
     expected: &BTreeMap<String, ArrayD<Rounded>>,
@@ -90,9 +124,6 @@ fn side(
 ) -> Result<Option<(f64, Rounded)>> {
     let (mut sum, mut rounded) = (0.0, Rounded::exact(0.0));
     for &(sign, name) in side {
-        if name == "base.bias" && !case.tensors.contains_key(name) {
-            continue;
-        }
         // In <dy, y> it is y that is the result.
         let (result, input) = if name == "y" { ("y".into(), "grad.y") } else { (format!("grad.{name}"), name) };
         let (Some(ours), Some(expected)) = (ours.get(&result), expected.get(&result)) else { return Ok(None) };

@@ -42,9 +42,10 @@ mod identities;
 mod report;
 mod trial;
 
-pub use comparison::{Comparison, Element, Said, TensorReport, Verdict, Witness, Worst};
+pub use comparison::{Comparison, Element, Place, Said, TensorReport, Verdict, Witness, Worst};
 pub use differences::{Estimate, Rung, ladder};
 pub use function::{Function, gradcheck};
+pub use identities::Identity;
 pub use report::{CaseReport, Law};
 pub use trial::{Trial, check_mistake, try_mistake};
 
@@ -53,8 +54,10 @@ use crate::registry::{Forward, Precision, Subject};
 use crate::wora::{Config, NormGradient};
 use crate::{Dual, DualForward, DualTensors, Result, Rounded, Scalar};
 use comparison::Testimony;
-use function::Survey;
+use function::{Survey, shape_of};
+use identities::identities;
 use ndarray::ArrayD;
+use report::Found;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How a check is run.
@@ -89,13 +92,13 @@ pub fn check(subject: &dyn Subject, case: &Case, options: Options) -> CaseReport
     CaseReport::of(&case.name, || examine(subject, case, options))
 }
 
-fn examine(subject: &dyn Subject, case: &Case, options: Options) -> Result<(Vec<TensorReport>, Vec<Law>)> {
+fn examine(subject: &dyn Subject, case: &Case, options: Options) -> Result<Found> {
     let before = case.clone();
     let ours = subject.evaluate(case, Precision::F64)?;
     let single = subject.evaluate(case, Precision::F32)?;
     let defined = subject.define(case)?;
     let expected = subject.roundings(case)?;
-    let mut identities = identities::testimonies(subject, case, &ours, &expected)?;
+    let identities = identities(subject, case, &ours, &expected)?;
 
     let layer = OfCase { subject, case, surrogate: subject.surrogate(case)?, dual: subject.dual(case)? };
     let differentiated = |(name, tensor): (&String, &Tensor)| match tensor {
@@ -114,21 +117,23 @@ fn examine(subject: &dyn Subject, case: &Case, options: Options) -> Result<(Vec<
             Some(tensor) => inputs.get(tensor).map(ArrayD::shape),
             None => expected.get(&name).map(ArrayD::shape),
         };
-        let [ours, single, defined] =
-            [&ours, &single, &defined].map(|all| all.get(&name).filter(|values| Some(values.shape()) == shape));
-        let (Some(ours), Some(single), Some(defined)) = (ours, single, defined) else {
-            // A result that one side lacks, or has in another shape or too many, is wrong whichever side it is.
-            tensors.push(TensorReport::new(name, &[], vec![Testimony::missing(Witness::Definition)]));
+        let sides = [&ours, &single, &defined].map(|all| all.get(&name));
+        let [Some(ours), Some(single), Some(defined)] =
+            sides.map(|side| side.filter(|side| Some(side.shape()) == shape))
+        else {
+            let due = shape.map_or_else(|| "none".into(), |shape| format!("shape {shape:?}"));
+            let [ours, single, defined] = sides.map(shape_of);
+            let mismatch = format!("expected {due}; found {ours}, in f32 {single}, by the definition {defined}");
+            tensors.push(TensorReport::mismatch(name, mismatch));
             continue;
         };
-        let budget = |unit: f64| expected[&name].mapv(|expected: Rounded| SLACK * unit * expected.roundings());
-        let definition = Testimony::of_all(Witness::Definition, ours, defined, &budget(f64::UNIT_ROUNDOFF));
-        let also = definition.worst().and_then(|worst| worst.index);
-        let single = Testimony::of_all(Witness::F32, ours, single, &budget(f32::UNIT_ROUNDOFF));
-        let mut testimonies = vec![definition, single];
+        let by = |witness, theirs, unit| Testimony::of_all(witness, ours, theirs, &expected[&name], unit);
+        let mut testimonies =
+            vec![by(Witness::Definition, defined, f64::UNIT_ROUNDOFF), by(Witness::F32, single, f32::UNIT_ROUNDOFF)];
         if let Some(tensor) = name.strip_prefix("grad.") {
-            testimonies.extend(survey.testimonies(tensor, ours, also)?);
-            testimonies.extend(identities.remove(tensor));
+            let worst = testimonies.iter().filter_map(|testimony| testimony.worst()?.place.element());
+            let also: Vec<usize> = worst.collect();
+            testimonies.extend(survey.testimonies(tensor, ours, &also)?);
         }
         let shape = ours.shape().to_vec();
         tensors.push(TensorReport::new(name, &shape, testimonies));
@@ -148,7 +153,7 @@ fn examine(subject: &dyn Subject, case: &Case, options: Options) -> Result<(Vec<
             holds: norm_counts(subject, case, &defined, &expected)?,
         });
     }
-    Ok((tensors, laws))
+    Ok(Found { tensors, identities, laws })
 }
 
 /// Whether a gradient is so different with the other treatment of the norm that the one cannot pass for the other.

@@ -1,6 +1,7 @@
 //! What a check found, and how it reads.
 
-use super::comparison::{Element, Said, TensorReport, Verdict, Witness};
+use super::comparison::{Comparison, Element, Said, TensorReport, Verdict, Witness};
+use super::identities::Identity;
 use crate::Result;
 use crate::case::Tensors;
 use serde::Serialize;
@@ -14,10 +15,19 @@ pub struct CaseReport {
     pub name: String,
     /// Its tensors: y, then every gradient.
     pub tensors: Vec<TensorReport>,
+    /// What must hold between the gradients.
+    pub identities: Vec<Identity>,
     /// What must hold beside.
     pub laws: Vec<Law>,
     /// Why the case could not be run at all.
     pub failure: Option<String>,
+}
+
+/// What an examination finds.
+pub(super) struct Found {
+    pub tensors: Vec<TensorReport>,
+    pub identities: Vec<Identity>,
+    pub laws: Vec<Law>,
 }
 
 /// Something that must hold of a case as a whole.
@@ -42,16 +52,18 @@ impl Law {
 
 impl CaseReport {
     /// The report of an examination, which may fail or panic.
-    pub(super) fn of(name: &str, examine: impl FnOnce() -> Result<(Vec<TensorReport>, Vec<Law>)>) -> Self {
-        let (tensors, laws, failure) = match catch_unwind(AssertUnwindSafe(examine)) {
-            Ok(Ok((tensors, laws))) => (tensors, laws, None),
-            Ok(Err(error)) => (vec![], vec![], Some(error.to_string())),
+    pub(super) fn of(name: &str, examine: impl FnOnce() -> Result<Found>) -> Self {
+        let failure = match catch_unwind(AssertUnwindSafe(examine)) {
+            Ok(Ok(Found { tensors, identities, laws })) => {
+                return Self { name: name.into(), tensors, identities, laws, failure: None };
+            }
+            Ok(Err(error)) => error.to_string(),
             Err(panic) => {
                 let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-                (vec![], vec![], Some(format!("panicked: {}", text.unwrap_or("no message"))))
+                format!("panicked: {}", text.unwrap_or("no message"))
             }
         };
-        Self { name: name.into(), tensors, laws, failure }
+        Self { name: name.into(), tensors: vec![], identities: vec![], laws: vec![], failure: Some(failure) }
     }
 
     /// The report of `y` or of a gradient, such as `grad.x`.
@@ -59,17 +71,22 @@ impl CaseReport {
         self.tensors.iter().find(|tensor| tensor.name == name)
     }
 
-    /// Whether the case ran, every law holds and every tensor agrees with every witness.
+    /// Whether the case ran, every law and identity holds and every tensor, of which there is one at least, agrees
+    /// with every witness.
     pub fn agrees(&self) -> bool {
         self.failure.is_none()
+            && !self.tensors.is_empty()
             && self.laws.iter().all(|law| law.holds)
+            && self.identities.iter().all(|identity| identity.verdict == Verdict::Agree)
             && self.tensors.iter().all(|tensor| tensor.verdict == Verdict::Agree)
     }
 
-    /// Whether this witness contradicts a tensor.
+    /// Whether this witness contradicts a tensor, or as identities do the gradients together.
     pub fn contradicts(&self, witness: Witness) -> bool {
         let of = |tensor: &TensorReport| tensor.witness(witness).map(|comparison| comparison.verdict);
+        let broken = self.identities.iter().any(|identity| identity.verdict == Verdict::Disagree);
         self.tensors.iter().any(|tensor| of(tensor) == Some(Verdict::Disagree))
+            || witness == Witness::Identities && broken
     }
 }
 
@@ -90,59 +107,79 @@ impl fmt::Display for Element {
     }
 }
 
-/// A witness's value and how far off it may be.
+/// A witness's value and how far off it may be, and how far off the value under test is.
 impl fmt::Display for Said {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "  {:12} {:>24.17e}  +- {:.1e}", self.witness, self.value, self.uncertainty)
+        let Self { witness, value, uncertainty, error, .. } = self;
+        write!(f, "  {witness:12} {value:>24.17e}  +- {uncertainty:.1e}, off by {error:.1e}")
     }
+}
+
+/// The worst element in full: the value, what each witness makes of it, and how sure it is.
+impl fmt::Display for TensorReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, verdict, mismatch, worst, .. } = self;
+        match (mismatch, worst) {
+            (Some(mismatch), _) => write!(f, "{name}: {verdict}: {mismatch}"),
+            (None, None) => write!(f, "{name}: {verdict}: it has no elements"),
+            (None, Some(worst)) => {
+                write!(f, "{name} {}: {verdict}\n{worst}", worst.place)?;
+                worst.says.iter().try_for_each(|said| write!(f, "\n{said}"))
+            }
+        }
+    }
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { label, equation, verdict, left, right, error, budget, .. } = self;
+        writeln!(f, "{label}, {equation}: {verdict}")?;
+        write!(f, "  {left:.17e} and {right:.17e}, off by {error:.1e}, budget {budget:.1e}")
+    }
+}
+
+/// A comparison that fails elsewhere than at the tensor's worst element, and the ladder.
+fn failing(comparison: &Comparison, worst: Option<&Element>) -> Vec<String> {
+    let (at, mut lines) = (&comparison.worst, vec![]);
+    if worst.is_none_or(|worst| worst.place != at.place) {
+        let Comparison { witness, .. } = comparison;
+        lines.push(format!("  {witness} is furthest off at {}: {:e} against {:e}", at.place, at.ours, at.theirs));
+    }
+    if !comparison.ladder.is_empty() {
+        lines.push(format!("  {:>10}  {:>24}  {:>12}  {:>12}", "step", "difference", "to limit", "to ours"));
+    }
+    lines.extend(comparison.ladder.iter().map(|rung| {
+        let to_ours = (rung.value - at.ours).abs();
+        format!("  {:>10.3e}  {:>24.17e}  {:>12.1e}  {to_ours:>12.1e}", rung.step, rung.value, rung.error)
+    }));
+    lines
 }
 
 /// One line where all is well; what is wrong, element by element and with the ladder, where it is not.
 impl fmt::Display for CaseReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(failure) = &self.failure {
-            return write!(f, "{}: FAILED: {failure}", self.name);
+        let Self { name, tensors, identities, laws, failure } = self;
+        if let Some(failure) = failure {
+            return write!(f, "{name}: FAILED: {failure}");
         }
         if self.agrees() {
-            let tensors = if self.tensors.len() == 1 {
-                "1 tensor agrees"
-            } else {
-                &format!("{} tensors agree", self.tensors.len())
-            };
-            return write!(f, "{}: {tensors}", self.name);
+            let tensors =
+                if tensors.len() == 1 { "1 tensor agrees" } else { &format!("{} tensors agree", tensors.len()) };
+            return write!(f, "{name}: {tensors}");
         }
         let mut lines = vec![];
-        for law in self.laws.iter().filter(|law| !law.holds) {
-            lines.push(format!("{}: expected: {}: not so", self.name, law.name));
+        if tensors.is_empty() {
+            lines.push(format!("{name}: nothing was compared"));
         }
-        for tensor in self.tensors.iter().filter(|tensor| tensor.verdict != Verdict::Agree) {
-            let Some(worst) = &tensor.worst else { continue };
-            lines.push(format!("{}: {} {:?}: {}", self.name, tensor.name, worst.index, tensor.verdict));
-            lines.push(worst.to_string());
-            lines.extend(
-                worst.says.iter().map(|said| format!("{said}, off by {:.1e}", (worst.ours - said.value).abs())),
-            );
-            for comparison in tensor.witnesses.iter().filter(|comparison| comparison.verdict != Verdict::Agree) {
-                let at = &comparison.worst;
-                if at.index != worst.index {
-                    lines.push(format!(
-                        "  {} is furthest off at {:?}: {:e} against {:e}",
-                        comparison.witness, at.index, at.ours, at.theirs
-                    ));
-                }
-                if !comparison.ladder.is_empty() {
-                    lines
-                        .push(format!("  {:>10}  {:>24}  {:>12}  {:>12}", "step", "difference", "to limit", "to ours"));
-                }
-                for rung in &comparison.ladder {
-                    let to_ours = (rung.value - at.ours).abs();
-                    lines.push(format!(
-                        "  {:>10.3e}  {:>24.17e}  {:>12.1e}  {to_ours:>12.1e}",
-                        rung.step, rung.value, rung.error
-                    ));
-                }
-            }
+        let broken = laws.iter().filter(|law| !law.holds);
+        lines.extend(broken.map(|law| format!("{name}: expected: {}: not so", law.name)));
+        for tensor in tensors.iter().filter(|tensor| tensor.verdict != Verdict::Agree) {
+            lines.push(format!("{name}: {tensor}"));
+            let failed = tensor.witnesses.iter().filter(|comparison| comparison.verdict != Verdict::Agree);
+            lines.extend(failed.flat_map(|comparison| failing(comparison, tensor.worst.as_ref())));
         }
+        let broken = identities.iter().filter(|identity| identity.verdict != Verdict::Agree);
+        lines.extend(broken.map(|identity| format!("{name}: {identity}")));
         f.write_str(&lines.join("\n"))
     }
 }

@@ -76,6 +76,14 @@ pub static MISTAKES: &[Mistake] = &[
         "loading published WoRA weights into PEFT's layer",
     ),
     forward(
+        "norm-per-stored-row",
+        LINEAR,
+        "3.1",
+        Formula { norm_per: NormPer::StoredRow, ..RIGHT },
+        "With fan_in_fan_out, the norm runs along the rows of the weight as it is stored: one an input column.",
+        "peft #1588",
+    ),
+    forward(
         "norm-of-whole-weight",
         EVERY,
         "4",
@@ -204,6 +212,14 @@ pub static MISTAKES: &[Mistake] = &[
         Formula { gain: Gain::NormTwice, ..RIGHT },
         "V is normalised, then multiplied by m / n.",
         NEAR,
+    ),
+    forward(
+        "zero-norm-not-guarded",
+        &["linear", "embedding", "conv2d"],
+        "4",
+        Formula { gain: Gain::Unguarded, ..RIGHT },
+        "A unit whose V is zero gets g = m / 0: its outputs and gradients are no numbers.",
+        "peft #3237",
     ),
     forward(
         "gain-outer-product",
@@ -455,7 +471,7 @@ pub static MISTAKES: &[Mistake] = &[
         "4",
         Formula { delta: Delta::Transposed, ..RIGHT },
         "B A is transposed, as where fan_in_fan_out is not heeded.",
-        "peft #1588, #3531",
+        NEAR,
     ),
     forward(
         "base-counted-twice",
@@ -471,7 +487,7 @@ pub static MISTAKES: &[Mistake] = &[
         "3.2",
         Formula { delta: Delta::FirstGroup, ..RIGHT },
         "Every unit combines the ranks of the first group.",
-        "peft #2549",
+        NEAR,
     ),
     backward(
         "lora-gradient-without-gain",

@@ -35,7 +35,7 @@ impl Formula {
         definition: &Definition<'_, '_, O, R>,
         anchor: &Anchor,
     ) -> Result<Option<Evaluated<R>>> {
-        let Some(stages) = Stages::new(self, definition) else { return Ok(None) };
+        let Some(stages) = Stages::new(self, definition, anchor) else { return Ok(None) };
         let base = definition.operator.weight_matrix(definition.base.weight.view()).to_owned();
         let lora_a = as_matrix(&definition.adapter.lora_a).to_owned();
         let weight_norm = stages.weight_norm(&base, &stages.delta(lora_a.view()), anchor.weight_norm.as_deref());
@@ -76,7 +76,7 @@ struct Stages<'a, 'd, 'x, O: Operator, R> {
 }
 
 impl<'a, 'd, 'x, O: Operator, R: Real> Stages<'a, 'd, 'x, O, R> {
-    fn new(formula: &'a Formula, at: &'a Definition<'d, 'x, O, R>) -> Option<Self> {
+    fn new(formula: &'a Formula, at: &'a Definition<'d, 'x, O, R>, anchor: &Anchor) -> Option<Self> {
         let (operator, config, adapter) = (at.operator, at.config, &at.adapter);
         let value = |scalar: &Option<ArrayD<R>>| scalar.as_ref().map_or(R::constant(1.0), |value| value[IxDyn(&[])]);
         let learned = |way: Learned, this: R, other: R| match way {
@@ -98,16 +98,18 @@ impl<'a, 'd, 'x, O: Operator, R: Real> Stages<'a, 'd, 'x, O, R> {
         let per_input = match formula.norm_per {
             NormPer::Setting | NormPer::Whole => config.norm_axis == NormAxis::Input,
             NormPer::Output => false,
-            NormPer::Input => true,
+            NormPer::Input | NormPer::StoredRow => true,
         };
         let (units, fan_in) = (operator.units(), operator.fan_in());
         let norms = if per_input { fan_in / kernel } else { units };
         let m: Vec<R> = adapter.magnitude.iter().flatten().copied().collect();
         let (square, has_norm) = (units == fan_in, config.has_norm());
+        let stored_transposed = anchor.settings.get("fan_in_fan_out") == Some(&true.into());
         let possible = (m.len() == norms || !has_norm)
             && (formula.delta != Delta::Transposed || square)
             && (formula.delta != Delta::FirstGroup || operator.groups() > 1)
             && (formula.gain != Gain::Outer || (square && has_norm && !per_input))
+            && (formula.norm_per != NormPer::StoredRow || stored_transposed && config.norm_axis == NormAxis::Output)
             && (formula.bias != Bias::Scaled || !per_input);
         let (alpha, beta) = (learned(formula.alpha, alpha, beta), learned(formula.beta, beta, alpha));
         possible.then_some(Self { formula, at, alpha, beta, s, m, norms, per_input, kernel })
@@ -152,11 +154,12 @@ impl<'a, 'd, 'x, O: Operator, R: Real> Stages<'a, 'd, 'x, O, R> {
 
     /// `||W0||`, where V is made of its direction.
     fn base_norm(&self, base: &Array2<R>) -> Option<Vec<R>> {
-        (self.formula.weighted == Weighted::UnitBase && self.at.config.has_norm()).then(|| self.norm(base))
+        let unit = self.formula.weighted == Weighted::UnitBase && self.at.config.has_norm();
+        unit.then(|| self.norm(base, Eps::Ignored))
     }
 
-    /// One norm a unit or column. E10
-    fn norm(&self, values: &Array2<R>) -> Vec<R> {
+    /// One norm a unit or column, with its epsilon. E10
+    fn norm(&self, values: &Array2<R>, way: Eps) -> Vec<R> {
         let place = |i: usize| if self.formula.norm_per == NormPer::Whole { 0 } else { i };
         let mut sums = vec![R::constant(0.0); self.norms];
         let mut counts = vec![0.0; self.norms];
@@ -173,14 +176,14 @@ impl<'a, 'd, 'x, O: Operator, R: Real> Stages<'a, 'd, 'x, O, R> {
             if sum.value() == 0.0 {
                 return R::constant(0.0);
             }
-            let inside = if self.formula.eps == Eps::InsideRoot { sum + eps } else { sum };
+            let inside = if way == Eps::InsideRoot { sum + eps } else { sum };
             let norm = match self.formula.norm {
                 Norm::Euclidean => inside.sqrt(),
                 Norm::Squared | Norm::Absolute => sum,
                 Norm::Mean => sum / count,
                 Norm::RootMeanSquare => (sum / count).sqrt(),
             };
-            match self.formula.eps {
+            match way {
                 Eps::Ignored | Eps::InsideRoot => norm,
                 Eps::Added => norm + eps,
                 Eps::InGradient => norm.damped(norm.value() / (norm + eps).value()) + eps,
@@ -208,7 +211,7 @@ impl<'a, 'd, 'x, O: Operator, R: Real> Stages<'a, 'd, 'x, O, R> {
                 NormOf::WithoutAlphaBeta => w + s * delta,
             }
         };
-        let n = self.norm(&Array2::from_shape_fn(base.dim(), entry));
+        let n = self.norm(&Array2::from_shape_fn(base.dim(), entry), self.formula.eps);
         let held = match self.formula.norm_gradient {
             Path::Setting => self.at.config.norm_gradient == NormGradient::Detached,
             Path::Held => true,
@@ -229,8 +232,8 @@ impl<'a, 'd, 'x, O: Operator, R: Real> Stages<'a, 'd, 'x, O, R> {
         match self.formula.gain {
             Gain::One => R::constant(1.0),
             Gain::Magnitude => m,
-            _ if n.value() == 0.0 => R::constant(0.0),
-            Gain::Ratio => m / n,
+            _ if n.value() == 0.0 && self.formula.gain != Gain::Unguarded => R::constant(0.0),
+            Gain::Ratio | Gain::Unguarded => m / n,
             Gain::Outer => self.m[at.1] / n,
             Gain::Reciprocal => R::constant(1.0) / n,
             Gain::Inverted => n / m,

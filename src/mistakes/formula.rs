@@ -151,6 +151,8 @@ pub enum NormPer {
     Input,
     /// One for the whole weight; m still has one entry a unit.
     Whole,
+    /// One a row of the weight as it is stored, where it is stored transposed: an input column.
+    StoredRow,
 }
 
 /// The epsilon.
@@ -183,6 +185,8 @@ pub enum Gain {
     Outer,
     /// `m / n^2`
     NormTwice,
+    /// `m / n`, and not 0 where n is 0
+    Unguarded,
 }
 
 /// How the gradient treats n.

@@ -36,6 +36,23 @@ impl Embedding {
         Self { num_embeddings, embedding_dim, padding_idx: None, scale_grad_by_freq: false, embed_scale: 1.0 }
     }
 
+    /// How much of the lookup's gradient reaches each row of the table; `None` where all of it does.
+    fn fraction(&self, x: &Ids) -> Option<Vec<f64>> {
+        if self.padding_idx.is_none() && !self.scale_grad_by_freq {
+            return None;
+        }
+        let mut fraction = vec![1.0; self.num_embeddings];
+        if self.scale_grad_by_freq {
+            let mut counts = vec![0_u32; self.num_embeddings];
+            self.columns(x).for_each(|id| counts[id] += 1);
+            fraction = counts.into_iter().map(|count| 1.0 / f64::from(count.max(1))).collect(); // E41
+        }
+        if let Some(id) = self.padding_idx {
+            fraction[id] = 0.0; // E41
+        }
+        Some(fraction)
+    }
+
     /// The ids as columns of the weight. They have been checked by `output_shape`.
     fn columns<'a>(&self, ids: &'a Ids) -> impl Iterator<Item = usize> + 'a {
         ids.0.iter().map(|&id| usize::try_from(id).expect("an id checked by output_shape"))
@@ -162,7 +179,7 @@ impl Operator for Embedding {
 
     fn adjoint_weight<T: Scalar>(&self, x: &Ids, dy: ArrayView3<'_, T>) -> Array2<T> {
         let scale = T::from_f64(self.embed_scale);
-        let fraction = self.gradient_fraction::<T>(x);
+        let fraction = self.fraction(x);
         // Rows of ids, so that what is scattered lies contiguous.
         let mut dw = Array2::zeros((self.num_embeddings, dy.len_of(Axis(1))));
         for (dy, id) in dy.index_axis(Axis(2), 0).outer_iter().zip(self.columns(x)) {
@@ -173,19 +190,14 @@ impl Operator for Embedding {
     }
 
     fn gradient_fraction<T: Scalar>(&self, x: &Ids) -> Option<Vec<f64>> {
-        if self.padding_idx.is_none() && !self.scale_grad_by_freq {
-            return None;
-        }
-        let mut fraction = vec![1.0; self.num_embeddings];
-        if self.scale_grad_by_freq {
-            let mut counts = vec![0_u32; self.num_embeddings];
-            self.columns(x).for_each(|id| counts[id] += 1);
-            fraction = counts.into_iter().map(|count| 1.0 / f64::from(count.max(1))).collect(); // E41
-        }
-        if let Some(id) = self.padding_idx {
-            fraction[id] = 0.0; // E41
-        }
-        Some(fraction)
+        let occurrences = |id: usize| x.0.iter().filter(|&&other| other == id as i64).count().max(1);
+        let fraction = |id: usize| match (self.padding_idx == Some(id), self.scale_grad_by_freq) {
+            (true, _) => 0.0,
+            (false, true) => 1.0 / occurrences(id) as f64,
+            (false, false) => 1.0,
+        };
+        let acts = self.padding_idx.is_some() || self.scale_grad_by_freq;
+        acts.then(|| (0..self.num_embeddings).map(fraction).collect()) // E41
     }
 
     fn terms<T: Scalar>(&self, x: &Ids, mut visit: impl FnMut(Term)) {

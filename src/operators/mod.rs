@@ -100,8 +100,8 @@ pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
     /// The adjoint of `W -> op(x, W)` at dy `[outer, units, inner]`: `[units, fan_in]`.
     fn adjoint_weight<T: Scalar>(&self, x: &Self::Input<'_, T>, dy: ArrayView3<'_, T>) -> Array2<T>;
 
-    /// How much of its gradient reaches each column of a weight that the operator is applied to: `[fan_in]`;
-    /// `None` where all of it does. [`Operator::adjoint_weight`] has it in already.
+    /// The definition: how much of its gradient reaches each column of a weight that the operator is applied to,
+    /// `[fan_in]`; `None` where all of it does. [`Operator::adjoint_weight`] has it in, and works it out by itself.
     fn gradient_fraction<T: Scalar>(&self, _x: &Self::Input<'_, T>) -> Option<Vec<f64>> {
         None
     }

@@ -227,17 +227,23 @@ impl<const N: usize> Windows<N> {
         }
     }
 
-    /// Every pair of output position and input position that kernel position `k` joins, by the definition.
+    /// Every pair of output position and input position that kernel position `k` joins, by the definition: a window
+    /// stands wherever all of it lies on the padded axis.
     pub fn pairs(&self, k: usize, mut visit: impl FnMut(usize, usize)) {
-        for p in 0..self.positions() {
+        let outputs: [usize; N] = std::array::from_fn(|axis| {
+            let Geometry { kernel, stride, dilation, .. } = self.axes[axis];
+            let fits = |p: &usize| p * stride + (kernel - 1) * dilation < self.padded[axis].len();
+            (0..).take_while(fits).count() // E42
+        });
+        for p in 0..outputs.iter().product() {
             let (mut rest_p, mut rest_k, mut stride, mut input) = (p, k, 1, Some(0));
             for axis in (0..N).rev() {
                 let geometry = &self.axes[axis];
-                let (p, k) = (rest_p % self.output[axis], rest_k % geometry.kernel);
+                let (p, k) = (rest_p % outputs[axis], rest_k % geometry.kernel);
                 let source = self.padded[axis][p * geometry.stride + k * geometry.dilation];
                 input = input.zip(source).map(|(input, source)| input + source * stride);
                 stride *= geometry.size;
-                rest_p /= self.output[axis];
+                rest_p /= outputs[axis];
                 rest_k /= geometry.kernel;
             }
             if let Some(input) = input {
