@@ -13,7 +13,7 @@ use crate::mistakes::{Anchor, Evaluated, Formula, Mistake};
 use crate::operators::{Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operator};
 use crate::wora::{
     Adapter, Base, Config, Definition, Evaluation, Gradients, Layer, Method, NormGradient, RequiresGrad, SCALE_NAMES,
-    as_matrix, check_mask,
+    Storage, as_matrix, check_mask,
 };
 use crate::{Dual, DualForward, DualTensors, Error, Real, Result, Rounded, Scalar};
 use ndarray::{Array1, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Axis, Zip};
@@ -93,6 +93,19 @@ pub trait Subject: Sync {
     ///
     /// As [`Subject::evaluate`].
     fn roundings(&self, case: &Case) -> Result<BTreeMap<String, ArrayD<Rounded>>>;
+    /// The answers that a case holds, by the production path, and for each way of storing intermediates how far off
+    /// they may be (see [`Layer::rounding`]), in unit roundoffs.
+    ///
+    /// # Errors
+    ///
+    /// As [`Subject::evaluate`].
+    fn expect(&self, case: &Case, storages: &[Storage]) -> Result<(Tensors, Vec<Tensors>)>;
+    /// How many products the definition's forward adds up.
+    ///
+    /// # Errors
+    ///
+    /// As [`Subject::evaluate`].
+    fn terms(&self, case: &Case) -> Result<usize>;
     /// The surrogate (see [`Subject::surrogate`]) by the definition, as a function of dual numbers whose values are
     /// those of the case.
     ///
@@ -200,13 +213,25 @@ impl<O: Operator> Adapted<O> {
         }
     }
 
+    /// Everything by the production path; of the weights, and of the gradients beside the adapter's, what is wanted.
+    fn produce<T: Scalar>(parts: &Parts<O, T>, wanted: impl Fn(&str) -> bool) -> Result<Evaluation<T>> {
+        let Parts { layer, x, mask, dy } = parts;
+        let (y, cache) = layer.forward(x.clone(), mask.as_ref().map(|values| values.view()))?;
+        let requires_grad =
+            RequiresGrad { x: wanted("grad.x"), weight: wanted("grad.base.weight"), bias: wanted("grad.base.bias") };
+        let (weight_norm, gain) = match (wanted("weight_norm") || wanted("gain")).then(|| layer.direction()) {
+            Some(direction) => direction?.map(|direction| (direction.weight_norm, direction.gain)).unzip(),
+            None => (None, None),
+        };
+        let gradients = dy.as_ref().map(|dy| layer.backward(cache, dy.view(), requires_grad)).transpose()?;
+        let merged = wanted("merged_weight").then(|| layer.merge()).transpose()?;
+        let (weighted, merged_weight) =
+            (wanted("weighted").then(|| layer.weighted()), merged.map(|merged| merged.weight));
+        Ok(Evaluation { y, weighted, weight_norm, gain, merged_weight, gradients })
+    }
+
     fn run<T: Scalar>(case: &Case) -> Result<Tensors> {
-        let Parts { layer, x, mask, dy } = Self::parts::<T>(case)?;
-        let (y, cache) = layer.forward(x, mask.as_ref().map(|values| values.view()))?;
-        let gradients = dy.map(|dy| layer.backward(cache, dy.view(), RequiresGrad::ALL)).transpose()?;
-        let weight_norm = layer.direction()?.map(|direction| direction.weight_norm);
-        let merged_weight = layer.merge()?.weight;
-        Ok(Self::tensors(Evaluation { y, weight_norm, merged_weight, gradients }, T::as_f64))
+        Ok(Self::tensors(Self::produce(&Self::parts::<T>(case)?, |_| true)?, T::as_f64))
     }
 
     /// Hands the definition of a case, on numbers made of f64 by `lift`, and the cotangent to `run`.
@@ -248,9 +273,12 @@ impl<O: Operator> Adapted<O> {
 
     /// Results under their names in a case file.
     fn tensors<E: Copy, N>(evaluation: Evaluation<E>, read: impl Fn(E) -> N) -> BTreeMap<String, ArrayD<N>> {
-        let Evaluation { y, weight_norm, merged_weight, gradients } = evaluation;
-        let mut named = vec![("y".to_string(), y), ("merged_weight".to_string(), merged_weight)];
-        named.extend(weight_norm.map(|norm: Array1<E>| ("weight_norm".to_string(), norm.into_dyn())));
+        let Evaluation { y, weighted, weight_norm, gain, merged_weight, gradients } = evaluation;
+        let weights = [("y", Some(y)), ("weighted", weighted), ("merged_weight", merged_weight)];
+        let norms = [("weight_norm", weight_norm), ("gain", gain)];
+        let norms = norms.map(|(name, values): (_, Option<Array1<E>>)| (name, values.map(Array1::into_dyn)));
+        let all = weights.into_iter().chain(norms);
+        let mut named: Vec<_> = all.filter_map(|(name, values)| Some((name.to_string(), values?))).collect();
         if let Some(Gradients { x, weight, bias, adapter }) = gradients {
             let base = [("grad.x", x), ("grad.base.weight", weight), ("grad.base.bias", bias)];
             named.extend(base.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?))));
@@ -279,6 +307,27 @@ impl<O: Operator> Subject for Adapted<O> {
     }
     fn define(&self, case: &Case) -> Result<Tensors> {
         Self::define_on(case, |value| value)
+    }
+    fn expect(&self, case: &Case, storages: &[Storage]) -> Result<(Tensors, Vec<Tensors>)> {
+        let parts = Self::parts::<f64>(case)?;
+        let results = Self::produce(&parts, |name| case.tensors.contains_key(name))?;
+        let Parts { layer, x, mask, dy } = &parts;
+        let answers = |evaluation| -> Tensors {
+            let all = Self::tensors(evaluation, |value| value);
+            all.into_iter().filter(|(name, _)| case.tensors.contains_key(name)).collect()
+        };
+        let errors = storages.iter().map(|&storage| {
+            let mask = mask.as_ref().map(|values| values.view());
+            let dy = dy.as_ref().map(|values| values.view());
+            Ok(answers(layer.rounding(x, mask, dy, &results, storage)?))
+        });
+        let errors = errors.collect::<Result<_>>()?;
+        Ok((answers(results), errors))
+    }
+    fn terms(&self, case: &Case) -> Result<usize> {
+        let Parts { layer, x, .. } = Self::parts::<f64>(case)?;
+        let outputs: usize = layer.operator().output_shape(&x)?.iter().product();
+        Ok(outputs.saturating_mul(layer.operator().fan_in()))
     }
     fn roundings(&self, case: &Case) -> Result<BTreeMap<String, ArrayD<Rounded>>> {
         Self::define_on(case, Rounded::exact)

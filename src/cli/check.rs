@@ -110,8 +110,9 @@ fn as_table(reports: &[CaseReport]) -> String {
             let row = [report.name.clone(), tensor.name.clone(), place, ours].into_iter().chain(said);
             table.add_row(row.chain([tensor.verdict.to_string()]));
         }
-        for Identity { label, left, error, budget, verdict, .. } in &report.identities {
-            let start = [report.name.clone(), label.to_string(), String::new(), format!("{left:.6e}")];
+        for Identity { label, equation, left, error, budget, verdict, .. } in &report.identities {
+            let side = equation.split(" = ").next().unwrap_or_default();
+            let start = [report.name.clone(), format!("{label}: {side}"), String::new(), format!("{left:.6e}")];
             let said = Witness::ALL.map(|witness| match witness {
                 Witness::Identities => off(*error, *budget),
                 _ => String::new(),
@@ -127,7 +128,7 @@ fn as_table(reports: &[CaseReport]) -> String {
         furthest(&mut all.map(|says| says.worst.error / says.worst.size))
     };
     format!(
-        "{table}\nEach witness: the error at the worst element, of the budget for it. \
+        "{table}\nEach witness: the error at the worst element, of the budget for it; --verbose has the values. \
          E49 to E54: the identities of SPEC.md, section 8.3.\n\
          Largest error in parts of the terms that a number is the sum of: \
          differences {}, duals {}, identities {}.",

@@ -5,7 +5,7 @@ use indicatif::ProgressBar;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use woracle::oracle::case_file;
-use woracle::oracle::verify::{TensorVerdict, Verdict, verify};
+use woracle::oracle::verify::{TensorVerdict, Tolerance, Verdict, verify};
 use woracle::{Error, Result};
 
 /// Judge results that another implementation wrote into case files.
@@ -73,13 +73,13 @@ fn judge(file: &Path, bar: &ProgressBar) -> CaseVerdict {
         Ok(case) => case,
         Err(error) => return refuse(file, &error, bar),
     };
-    match verify(&case) {
+    match verify(&case, Tolerance::default()) {
         Ok(tensors) => {
             let failed = tensors.iter().any(|tensor| tensor.verdict != Verdict::Pass);
             let verdict = if failed { Verdict::Fail } else { Verdict::Pass };
-            CaseVerdict { name: case.name, file: file.display().to_string(), verdict, tensors }
+            CaseVerdict { name: case.case.name, file: file.display().to_string(), verdict, tensors }
         }
-        Err(error) => CaseVerdict { name: case.name, ..refuse(file, &error.in_file(file), bar) },
+        Err(error) => CaseVerdict { name: case.case.name, ..refuse(file, &error.in_file(file), bar) },
     }
 }
 

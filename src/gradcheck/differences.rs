@@ -28,6 +28,8 @@ const CURVATURE: f64 = 1.0 / 16.0;
 /// The step where the function is affine, in parts of the tensor's largest element: there is no truncation error,
 /// so the step is large.
 const AFFINE_STEP: f64 = 16.0;
+/// A step that must not contradict it, in the same parts: no power of two.
+const CLOSE_STEP: f64 = 3.0 / 64.0;
 /// The first step tried where it is not, in the same parts: rounding weighs less the larger the step.
 const START: f64 = 8.0;
 
@@ -167,9 +169,13 @@ impl Differences<'_> {
 
         if self.function.is_affine(tensor) {
             let (near, far) = (at(AFFINE_STEP / 2.0 * scale)?, at(AFFINE_STEP * scale)?);
+            // What repeats itself at every power of two only looks like a line.
+            let close = at(CLOSE_STEP * scale)?;
             let spread = (near.central.value - far.central.value).abs();
-            let jump = (far.jump.value.abs() - far.jump.uncertainty).max(0.0);
-            let estimate = Estimate { uncertainty: far.central.uncertainty + spread + jump, ..far.central };
+            let jumps = [&far, &close].map(|at| (at.jump.value.abs() - at.jump.uncertainty).max(0.0));
+            let uncertainty = far.central.uncertainty + spread + jumps[0] + jumps[1];
+            let estimate =
+                Estimate { uncertainty: far.central.contradicted(&close.central, uncertainty), ..far.central };
             let rungs = [&far, &near].map(|difference| difference.rung(estimate.value)).to_vec();
             return Ok((Along { estimate, terms: far.terms() }, rungs));
         }
@@ -208,6 +214,11 @@ impl Differences<'_> {
         if jump.value.abs() > jump.uncertainty || jump.value.is_nan() {
             estimate.uncertainty += jump.value.abs();
         }
+        // Nor where they differ the more the smaller the step.
+        let [first, last] = [&rungs[0], &rungs[rungs.len() - 1]].map(|rung| rung.jump);
+        if last.value.abs() > first.value.abs().max(last.uncertainty) {
+            estimate.uncertainty += last.value.abs();
+        }
         Ok((estimate, rungs.iter().map(|difference| difference.rung(estimate.value)).collect()))
     }
 
@@ -223,7 +234,7 @@ impl Differences<'_> {
         let mut at = |step: f64| -> Result<ArrayD<f64>> {
             let values = self.inputs[tensor].as_slice().expect("standard layout");
             let moved = inputs.get_mut(tensor).expect("an input").as_slice_mut().expect("standard layout");
-            direction.iter().for_each(|&(element, sign)| moved[element] = values[element] + step * sign);
+            direction.iter().for_each(|&(element, speed)| moved[element] = values[element] + step * speed);
             let y = self.function.forward(inputs);
             let moved = inputs.get_mut(tensor).expect("an input").as_slice_mut().expect("standard layout");
             direction.iter().for_each(|&(element, _)| moved[element] = values[element]);
@@ -235,8 +246,8 @@ impl Differences<'_> {
         let values = self.inputs[tensor].as_slice().expect("standard layout");
         let misplaced: f64 = direction
             .iter()
-            .map(|&(element, sign)| {
-                let moved = (values[element] + step * sign) - (values[element] - step * sign) - width * sign;
+            .map(|&(element, speed)| {
+                let moved = (values[element] + step * speed) - (values[element] - step * speed) - width * speed;
                 if moved == 0.0 { 0.0 } else { moved * gradient[element] / width }
             })
             .sum();
@@ -254,7 +265,7 @@ impl Differences<'_> {
             let rounding = roundings * (1.0 + step / scale) + plus.abs() + minus.abs();
             let rounding = NOISE * f64::UNIT_ROUNDOFF * dy.abs() * rounding / width;
             all += (dy * here).powi(2);
-            if plus != minus {
+            if plus != minus || plus != here {
                 squares += rounding.powi(2); // outputs are rounded independently of each other
                 noise += rounding;
                 reached += (dy * here / scale).powi(2);

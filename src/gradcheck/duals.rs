@@ -20,7 +20,7 @@ impl Duals<'_> {
         let mut inputs: DualTensors =
             self.inputs.iter().map(|(name, values)| (name.clone(), values.mapv(Dual::constant))).collect();
         let moving = inputs.get_mut(tensor).expect("an input").as_slice_mut().expect("standard layout");
-        direction.iter().for_each(|&(element, sign)| moving[element].eps = sign);
+        direction.iter().for_each(|&(element, speed)| moving[element].eps = speed);
         let Some(y) = self.function.forward_dual(&inputs)? else { return Ok(None) };
         let outputs = y.iter().zip(self.cotangent).map(|(y, dy)| y.eps * dy);
         let terms = outputs.clone().map(|term| term * term).sum::<f64>().sqrt();

@@ -121,7 +121,9 @@ fn survey(function: &dyn Function, inputs: &Tensors, options: Options) -> Result
         named.chain([("y".to_string(), y.clone())]).collect::<Tensors>()
     };
     let again = run(&standard(&function.forward(&inputs)?), &function.backward(&inputs, &cotangent)?);
-    let mut laws = vec![Law::same_bits(&run(&y, &gradients), &again)];
+    let finite = !y.is_empty() && y.iter().all(|y| y.is_finite());
+    let mut laws =
+        vec![Law::same_bits(&run(&y, &gradients), &again), Law { name: "y has elements, all finite", holds: finite }];
     let duals = inputs.iter().map(|(name, values)| (name.clone(), values.mapv(Dual::constant))).collect();
     if let Some(by_duals) = function.forward_dual(&duals)? {
         let near = |((here, dual), roundings): ((&f64, &Dual), &f64)| {
@@ -238,8 +240,12 @@ impl Survey<'_> {
         let elements: BTreeSet<usize> = sampled.chain(also.iter().copied()).collect();
         let mut all: Vec<_> = elements.into_iter().map(Probe::element).collect();
         for number in 0..directions {
-            let sign = |element| (element, if rng.next_u64() >> 63 == 0 { 1.0 } else { -1.0 });
-            all.push(Probe { place: Place::Direction(number), direction: (0..len).map(sign).collect() });
+            // Speeds of many sizes, so that two errors hardly ever cancel; of few digits, so that positions are exact.
+            let speed = |element| {
+                let bits = rng.next_u64();
+                (element, (if bits >> 63 == 0 { 1.0 } else { -1.0 }) * (1.0 + (bits % 1024) as f64 / 1024.0))
+            };
+            all.push(Probe { place: Place::Direction(number), direction: (0..len).map(speed).collect() });
         }
         all
     }
@@ -248,8 +254,8 @@ impl Survey<'_> {
     fn point(&self, tensor: &str, probe: &Probe, gradient: &[f64], along: Along) -> (Point, f64) {
         let Along { estimate: Estimate { value, uncertainty }, terms } = along;
         let ours = match *probe.direction {
-            [(element, sign)] => sign * gradient[element],
-            _ => sum(probe.direction.iter().map(|&(element, sign)| sign * gradient[element])),
+            [(element, speed)] => speed * gradient[element],
+            _ => sum(probe.direction.iter().map(|&(element, speed)| speed * gradient[element])),
         };
         let (roundings, size) = self.expected(tensor, &probe.direction, ours, terms);
         let (rounding, size) = (SLACK * f64::UNIT_ROUNDOFF * roundings, size.max(value.abs()));
@@ -265,10 +271,10 @@ impl Survey<'_> {
         };
         let expected = expected.as_slice().expect("standard layout");
         let expected = match *direction {
-            [(element, _)] => expected[element],
-            _ => direction.iter().fold(Rounded::exact(0.0), |sum, &(element, sign)| {
-                if sign > 0.0 { sum + expected[element] } else { sum - expected[element] }
-            }),
+            [(element, speed)] => expected[element] * Rounded::constant(speed),
+            _ => direction
+                .iter()
+                .fold(Rounded::exact(0.0), |sum, &(element, speed)| sum + expected[element] * Rounded::constant(speed)),
         };
         // No result is more exact than its own size allows.
         (expected.roundings().max(ours.abs()), size.max(expected.size()))

@@ -6,6 +6,7 @@ use crate::case::{Case, Tensor, Tensors};
 use crate::cases::Spec;
 use crate::mistakes::{Formula, Mistake};
 use crate::registry::{Forward, Precision, RoundTrip, Subject, layer};
+use crate::wora::Storage;
 use crate::{Dual, DualForward, Error, Real, Result, Rounded};
 use ndarray::ArrayD;
 use serde::Serialize;
@@ -118,6 +119,12 @@ impl Subject for Mistaken {
     }
     fn roundings(&self, case: &Case) -> Result<BTreeMap<String, ArrayD<Rounded>>> {
         self.subject.roundings(case)
+    }
+    fn expect(&self, case: &Case, storages: &[Storage]) -> Result<(Tensors, Vec<Tensors>)> {
+        self.subject.expect(case, storages)
+    }
+    fn terms(&self, case: &Case) -> Result<usize> {
+        self.subject.terms(case)
     }
     fn dual(&self, case: &Case) -> Result<DualForward> {
         self.subject.dual(case)

@@ -200,6 +200,10 @@ impl Operator for Embedding {
         acts.then(|| (0..self.num_embeddings).map(fraction).collect()) // E41
     }
 
+    fn power(&self, exponent: i32) -> Self {
+        Self { padding_idx: None, scale_grad_by_freq: false, embed_scale: self.embed_scale.powi(exponent), ..*self }
+    }
+
     fn terms<T: Scalar>(&self, x: &Ids, mut visit: impl FnMut(Term)) {
         let units = self.embedding_dim;
         for (n, column) in self.columns(x).enumerate() {

@@ -106,6 +106,12 @@ pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
         None
     }
 
+    /// The same operator with every factor of its terms raised to this power, and with nothing of its gradient held
+    /// back: applied to squares, the second one sums squares of terms.
+    fn power(&self, _exponent: i32) -> Self {
+        self.clone()
+    }
+
     /// The definition: every term `y[output] += factor * W[unit, column] * x[input]`, in a fixed order.
     ///
     /// `output` and `input` count the elements of y `[outer, units, inner]` and x in row-major order.

@@ -1,22 +1,83 @@
 //! Case files: one safetensors file a case, its settings as JSON in the one metadata key `wora_case`.
+//! SPEC.md, section 11.
 //!
-//! ```no_run
-//! let case = woracle::oracle::case_file::read("linear-plain.safetensors".as_ref())?;
-//! assert_eq!(case.layer, "linear");
+//! ```
+//! use woracle::{oracle::{CaseFile, Dtype, case_file}, registry};
+//! let linear = registry::layer("linear")?;
+//! let case = linear.draw(&linear.specs()[0], 0);
+//! let bytes = CaseFile::new(case, Dtype::F32).to_bytes();
+//! let file = case_file::parse(&bytes, "linear-plain")?;
+//! assert_eq!((file.case.layer.as_str(), file.dtype("x")), ("linear", Dtype::F32));
 //! # Ok::<(), woracle::Error>(())
 //! ```
 
+use super::Dtype;
 use crate::case::{Case, Tensor};
 use crate::{Error, Result};
+use half::{bf16, f16};
 use ndarray::ArrayD;
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
-use serde_json::{Map, Value};
+use safetensors::{SafeTensors, tensor::TensorView};
+use serde_json::{Map, Value, json};
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 /// The newest format that is understood. A newer one may mean something else by the same words.
 pub const FORMAT: u64 = 1;
 /// The metadata key that holds the settings.
 pub const METADATA_KEY: &str = "wora_case";
+
+/// A case, and the types in which its file holds its numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CaseFile {
+    /// The case, its numbers as stored, exactly.
+    pub case: Case,
+    /// The type of every floating-point tensor.
+    pub dtypes: BTreeMap<String, Dtype>,
+}
+
+impl CaseFile {
+    /// A case whose tensors are all stored in one type. Numbers that it does not hold are rounded when they are
+    /// written, not here.
+    pub fn new(case: Case, dtype: Dtype) -> Self {
+        let floats = case.tensors.iter().filter(|(_, tensor)| matches!(tensor, Tensor::Float(_)));
+        let dtypes = floats.map(|(name, _)| (name.clone(), dtype)).collect();
+        Self { case, dtypes }
+    }
+
+    /// The type of a tensor.
+    pub fn dtype(&self, tensor: &str) -> Dtype {
+        self.dtypes.get(tensor).copied().unwrap_or(Dtype::F64)
+    }
+
+    /// The file: the same bytes for the same case, everywhere.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let Case { name, layer, settings, tensors } = &self.case;
+        let mut fields = settings.clone();
+        fields.extend([
+            ("format".to_string(), json!(FORMAT)),
+            ("name".to_string(), json!(name)),
+            ("layer".to_string(), json!(layer)),
+        ]);
+        let metadata = HashMap::from([(METADATA_KEY.to_string(), Value::from(fields).to_string())]);
+        let stored: Vec<_> = tensors
+            .iter()
+            .map(|(name, tensor)| {
+                let (dtype, data): (safetensors::Dtype, Vec<u8>) = match tensor {
+                    Tensor::Float(values) => {
+                        let dtype = self.dtype(name);
+                        (dtype.into(), values.iter().flat_map(|&value| dtype.bytes(value)).collect())
+                    }
+                    Tensor::Int(ids) => (safetensors::Dtype::I64, ids.iter().flat_map(|id| id.to_le_bytes()).collect()),
+                };
+                (name, dtype, tensor.shape().to_vec(), data)
+            })
+            .collect();
+        let views = stored.iter().map(|(name, dtype, shape, data)| {
+            (name, TensorView::new(*dtype, shape.clone(), data).expect("as many bytes as the shape says"))
+        });
+        safetensors::serialize(views, Some(metadata)).expect("tensors of one file")
+    }
+}
 
 /// The case files of a path: itself, or a directory's `*.safetensors` in order of name.
 ///
@@ -48,7 +109,7 @@ pub fn find(path: &Path) -> Result<Vec<PathBuf>> {
 ///
 /// A file that is no safetensors file, holds a type of tensor that is not supported, or lacks the metadata;
 /// each names the file, and the tensor or field where there is one.
-pub fn read(path: &Path) -> Result<Case> {
+pub fn read(path: &Path) -> Result<CaseFile> {
     let bytes = std::fs::read(path).map_err(|error| Error::File { path: path.into(), message: error.to_string() })?;
     let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
     parse(&bytes, &stem).map_err(|error| error.in_file(path))
@@ -59,7 +120,7 @@ pub fn read(path: &Path) -> Result<Case> {
 /// # Errors
 ///
 /// As [`read`].
-pub fn parse(bytes: &[u8], stem: &str) -> Result<Case> {
+pub fn parse(bytes: &[u8], stem: &str) -> Result<CaseFile> {
     let broken = |error: safetensors::SafeTensorError| Error::Unexpected {
         tensor: "safetensors".into(),
         reason: format!("expected a whole file, found {} bytes: {error}", bytes.len()),
@@ -89,35 +150,45 @@ pub fn parse(bytes: &[u8], stem: &str) -> Result<Case> {
     let name = text("name")?.unwrap_or_else(|| stem.into());
     let layer = text("layer")?.ok_or_else(|| field("a field \"layer\"", &"none"))?;
 
-    let tensors = file.tensors().into_iter().map(|(name, view)| Ok((name.clone(), tensor(&name, &view)?)));
-    Ok(Case { name, layer, settings, tensors: tensors.collect::<Result<_>>()? })
+    let (mut tensors, mut dtypes) = (BTreeMap::new(), BTreeMap::new());
+    for (name, view) in file.tensors() {
+        let (tensor, dtype) = tensor(&name, &view)?;
+        dtypes.extend(dtype.map(|dtype| (name.clone(), dtype)));
+        tensors.insert(name, tensor);
+    }
+    Ok(CaseFile { case: Case { name, layer, settings, tensors }, dtypes })
 }
 
-fn tensor(name: &str, view: &TensorView<'_>) -> Result<Tensor> {
+/// A tensor, and its type where it is a floating-point one.
+fn tensor(name: &str, view: &TensorView<'_>) -> Result<(Tensor, Option<Dtype>)> {
     /// The elements, `N` bytes each.
     fn elements<const N: usize, E>(view: &TensorView<'_>, read: impl Fn([u8; N]) -> E) -> Option<ArrayD<E>> {
         let (chunks, _) = view.data().as_chunks::<N>();
         ArrayD::from_shape_vec(view.shape(), chunks.iter().copied().map(read).collect()).ok()
     }
-    let ids = match view.dtype() {
-        Dtype::F64 => {
-            return elements(view, f64::from_le_bytes).map(Tensor::Float).ok_or_else(|| too_large(name, view));
-        }
-        Dtype::I64 => elements(view, i64::from_le_bytes),
-        Dtype::I32 => elements(view, |bytes| i32::from_le_bytes(bytes).into()),
-        Dtype::I16 => elements(view, |bytes| i16::from_le_bytes(bytes).into()),
-        Dtype::I8 => elements(view, |bytes| i8::from_le_bytes(bytes).into()),
-        Dtype::U32 => elements(view, |bytes| u32::from_le_bytes(bytes).into()),
-        Dtype::U16 => elements(view, |bytes| u16::from_le_bytes(bytes).into()),
-        Dtype::U8 => elements(view, |bytes| u8::from_le_bytes(bytes).into()),
+    use safetensors::Dtype as Stored;
+    let float = |values: Option<ArrayD<f64>>, dtype| values.map(|values| (Tensor::Float(values), Some(dtype)));
+    let int = |ids: Option<ArrayD<i64>>| ids.map(|ids| (Tensor::Int(ids), None));
+    let read = match view.dtype() {
+        Stored::F64 => float(elements(view, f64::from_le_bytes), Dtype::F64),
+        Stored::F32 => float(elements(view, |bytes| f32::from_le_bytes(bytes).into()), Dtype::F32),
+        Stored::BF16 => float(elements(view, |bytes| bf16::from_le_bytes(bytes).to_f64()), Dtype::Bf16),
+        Stored::F16 => float(elements(view, |bytes| f16::from_le_bytes(bytes).to_f64()), Dtype::F16),
+        Stored::I64 => int(elements(view, i64::from_le_bytes)),
+        Stored::I32 => int(elements(view, |bytes| i32::from_le_bytes(bytes).into())),
+        Stored::I16 => int(elements(view, |bytes| i16::from_le_bytes(bytes).into())),
+        Stored::I8 => int(elements(view, |bytes| i8::from_le_bytes(bytes).into())),
+        Stored::U32 => int(elements(view, |bytes| u32::from_le_bytes(bytes).into())),
+        Stored::U16 => int(elements(view, |bytes| u16::from_le_bytes(bytes).into())),
+        Stored::U8 => int(elements(view, |bytes| u8::from_le_bytes(bytes).into())),
         other => {
-            let reason = format!("expected F64, or an integer type for ids, found {other:?}");
+            let reason = format!("expected F64, F32, BF16 or F16, or an integer type for ids, found {other:?}");
             return Err(Error::Unexpected { tensor: name.into(), reason });
         }
     };
-    ids.map(Tensor::Int).ok_or_else(|| too_large(name, view))
-}
-
-fn too_large(name: &str, view: &TensorView<'_>) -> Error {
-    Error::Shape { tensor: name.into(), expected: "one that fits in memory".into(), found: view.shape().to_vec() }
+    read.ok_or_else(|| Error::Shape {
+        tensor: name.into(),
+        expected: "one that fits in memory".into(),
+        found: view.shape().to_vec(),
+    })
 }

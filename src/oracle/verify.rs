@@ -1,35 +1,54 @@
-//! Somebody's results against the oracle's: every answer in a case file is recomputed in f64, by the
-//! production path and again by the definition, and judged by the one that it is further from.
+//! Somebody's results against the oracle's: every answer in a case file is recomputed in f64 from the inputs as
+//! stored, and every element is judged by a bound for its type. SPEC.md, section 8.5.
 //!
-//! ```no_run
-//! use woracle::oracle::{case_file, verify::{Verdict, verify}};
-//! let case = case_file::read("linear-plain.safetensors".as_ref())?;
-//! for tensor in verify(&case)? {
-//!     println!("{} {:?} {:e}", tensor.name, tensor.verdict, tensor.max_abs_error);
-//! }
+//! ```
+//! use woracle::oracle::{CaseFile, Dtype, verify::{Tolerance, Verdict, verify}};
+//! use woracle::{case::Tensor, registry};
+//! let linear = registry::layer("linear")?;
+//! let mut case = linear.draw(&linear.specs()[0], 0);
+//! case.tensors.insert("y".into(), Tensor::Float(linear.define(&case)?["y"].clone()));
+//! let tensors = verify(&CaseFile::new(case, Dtype::F64), Tolerance::default())?;
+//! assert_eq!((tensors[0].name.as_str(), tensors[0].verdict), ("y", Verdict::Pass));
 //! # Ok::<(), woracle::Error>(())
 //! ```
 
-use crate::case::{Case, Tensor, unravel};
+use super::{CaseFile, Dtype};
+use crate::case::{Case, Tensor, Tensors, unravel};
 use crate::error::{check_finite, check_shape};
-use crate::registry::{self, Precision};
+use crate::registry;
 use crate::{Error, Result};
 use ndarray::ArrayD;
 use serde::Serialize;
+use std::collections::BTreeSet;
 
-/// An answer passes when no element is further off than this times `max(1, max |expected|)`.
-pub const TOLERANCE: f64 = 1e-12;
+/// How many times the rounding error to expect an answer may be off.
+pub const SLACK: f64 = 8.0;
+
+/// Answers are held against the definition too where it adds up no more products than this: it is slow.
+pub const DEFINED: usize = 1 << 25;
+
+/// The order in which results come about: the first that fails is where an implementation went wrong.
+pub const STAGES: [&str; 5] = ["weighted", "weight_norm", "gain", "merged_weight", "y"];
 
 /// What is said of a tensor or a case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
-    /// Within tolerance.
+    /// Every element lies within its bound.
     Pass,
-    /// Not within tolerance.
+    /// Some element does not.
     Fail,
     /// It could not be judged.
     Error,
+}
+
+/// A bound that takes the place of the computed one: `atol + rtol |expected|`.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Tolerance {
+    /// Relative; 0 where only the other is given.
+    pub rtol: Option<f64>,
+    /// Absolute; 0 where only the other is given.
+    pub atol: Option<f64>,
 }
 
 /// What is said of one answer. Numbers that are not finite are `null` in JSON.
@@ -39,86 +58,170 @@ pub struct TensorVerdict {
     pub name: String,
     /// Pass or fail.
     pub verdict: Verdict,
+    /// The type it is stored in, and judged by.
+    pub dtype: Dtype,
+    /// How many elements lie beyond their bounds.
+    pub beyond: usize,
+    /// The largest error over its bound; infinite where an answer is not a number.
+    pub error_over_bound: f64,
     /// `max |actual - expected|`; infinite where an answer is not a number.
     pub max_abs_error: f64,
     /// `max |actual - expected| / |expected|`; infinite where 0 was expected and something else found.
     pub max_rel_error: f64,
-    /// Where the absolute error is largest.
+    /// The largest error in units of the last place of the expected number, as its type has it.
+    pub max_ulps: f64,
+    /// Where the error is largest against its bound.
     pub worst_index: Vec<usize>,
     /// What the oracle says there.
     pub expected: f64,
     /// What the file says there.
     pub actual: f64,
+    /// How far they may be apart there.
+    pub bound: f64,
 }
 
-/// Judges every answer of a case: `y`, `grad.*`, `weight_norm`, `merged_weight`.
+/// What the answers of a case should be, and how far off they may be.
+pub(super) struct Expected {
+    /// By the production path, and where that is not too slow by the definition.
+    pub witnesses: Vec<Tensors>,
+    pub bounds: Tensors,
+}
+
+impl Expected {
+    /// Every answer of a file against it.
+    pub fn judge(&self, file: &CaseFile) -> Vec<TensorVerdict> {
+        let one = |(name, bound): (&String, &ArrayD<f64>)| {
+            let Tensor::Float(actual) = &file.case.tensors[name] else { unreachable!("an answer has values") };
+            judge(name, actual, self.witnesses.iter().map(|witness| &witness[name]), bound, file.dtype(name))
+        };
+        self.bounds.iter().map(one).collect()
+    }
+}
+
+/// Judges every answer of a case: `y`, `grad.*`, `weighted`, `weight_norm`, `gain`, `merged_weight`.
 ///
 /// # Errors
 ///
 /// An input that is missing, does not fit or is not finite; a tensor that no case of this layer has; a case
 /// without any answer.
-pub fn verify(case: &Case) -> Result<Vec<TensorVerdict>> {
+pub fn verify(file: &CaseFile, tolerance: Tolerance) -> Result<Vec<TensorVerdict>> {
+    let expected = expected(file, tolerance)?;
+    Ok(expected.judge(file))
+}
+
+/// The first of [`STAGES`] that fails, or else the first gradient.
+pub fn first_diverging(tensors: &[TensorVerdict]) -> Option<&str> {
+    let failed = |name: &str| tensors.iter().any(|tensor| tensor.name == name && tensor.verdict != Verdict::Pass);
+    let stage = STAGES.into_iter().find(|name| failed(name));
+    stage.or_else(|| tensors.iter().map(|tensor| tensor.name.as_str()).find(|name| failed(name)))
+}
+
+pub(super) fn expected(file: &CaseFile, tolerance: Tolerance) -> Result<Expected> {
+    let case = &file.case;
     let layer = registry::layer(&case.layer)?;
-    let produced = layer.evaluate(case, Precision::F64)?;
-    let defined = layer.define(case)?;
-    let mut verdicts = Vec::new();
-    for (name, tensor) in &case.tensors {
-        let Some(produced) = produced.get(name) else {
-            if layer.is_input(case, name)? {
-                continue;
-            }
+    let dtypes: BTreeSet<Dtype> = answers(case, layer)?.into_iter().map(|name| file.dtype(name)).collect();
+    let dtypes: Vec<Dtype> = dtypes.into_iter().collect();
+    let storages: Vec<_> = dtypes.iter().map(|dtype| dtype.storage()).collect();
+    let (produced, roundings) = layer.expect(case, &storages)?;
+    let mut witnesses = vec![produced];
+    if layer.terms(case)? <= DEFINED {
+        witnesses.push(layer.define(case)?);
+    }
+    let mut bounds = Tensors::new();
+    for name in answers(case, layer)? {
+        let Some(expected) = witnesses[0].get(name) else {
             if name.starts_with("grad.") && !case.tensors.contains_key("grad.y") {
                 let expected = format!("the cotangent, as there is {name}");
                 return Err(Error::Missing { tensor: "grad.y".into(), expected }); // C7
             }
             let reason = format!("expected none: a case of {} has no tensor of this name", case.layer);
-            return Err(Error::Unexpected { tensor: name.clone(), reason }); // C7
+            return Err(Error::Unexpected { tensor: name.into(), reason }); // C7
         };
-        let Tensor::Float(actual) = tensor else {
+        let Tensor::Float(actual) = &case.tensors[name] else {
             let reason = "expected floating-point values, found integers".into();
-            return Err(Error::Unexpected { tensor: name.clone(), reason }); // C1
+            return Err(Error::Unexpected { tensor: name.into(), reason }); // C1
         };
-        check_shape(name, produced.shape(), actual.shape())?; // C1
-        for witness in [produced, &defined[name]] {
-            check_finite(&format!("the oracle's {name}"), witness.view())?; // C2
+        check_shape(name, expected.shape(), actual.shape())?; // C1
+        for witness in &witnesses {
+            check_finite(&format!("the oracle's {name}"), witness[name].view())?; // C2
         }
-        verdicts.push(judge(name, actual, [produced, &defined[name]]));
+        let dtype = file.dtype(name);
+        let place = dtypes.iter().position(|&other| other == dtype).expect("the type of an answer");
+        let bound = match tolerance {
+            Tolerance { rtol: None, atol: None } => {
+                let (unit, least) = (SLACK * dtype.unit_roundoff(), dtype.smallest_subnormal() / 2.0);
+                roundings[place][name].mapv(|rounding| unit * rounding + least)
+            }
+            Tolerance { rtol, atol } => {
+                let (rtol, atol) = (rtol.unwrap_or(0.0), atol.unwrap_or(0.0));
+                expected.mapv(|expected| atol + rtol * expected.abs())
+            }
+        };
+        bounds.insert(name.into(), bound);
     }
-    if verdicts.is_empty() {
-        return Err(Error::Missing {
-            tensor: "y".into(),
-            expected: "an answer: y, grad.*, weight_norm or merged_weight".into(),
-        }); // C7
+    if bounds.is_empty() {
+        let expected = format!("an answer: grad.* or {}", STAGES.join(", "));
+        return Err(Error::Missing { tensor: "y".into(), expected }); // C7
     }
-    Ok(verdicts)
+    Ok(Expected { witnesses, bounds })
 }
 
-fn judge(name: &str, actual: &ArrayD<f64>, witnesses: [&ArrayD<f64>; 2]) -> TensorVerdict {
-    let mut verdict = Verdict::Pass;
-    let (mut max_abs_error, mut max_rel_error) = (-1.0, 0.0);
-    let (mut worst, mut worst_expected, mut worst_actual) = (0, f64::NAN, f64::NAN);
+/// The tensors of a case that are no inputs.
+fn answers<'a>(case: &'a Case, layer: &dyn registry::Subject) -> Result<Vec<&'a str>> {
+    let mut answers = vec![];
+    for name in case.tensors.keys() {
+        if !layer.is_input(case, name)? {
+            answers.push(name.as_str());
+        }
+    }
+    Ok(answers)
+}
+
+pub(super) fn judge<'a>(
+    name: &str,
+    actual: &ArrayD<f64>,
+    witnesses: impl Iterator<Item = &'a ArrayD<f64>>,
+    bound: &ArrayD<f64>,
+    dtype: Dtype,
+) -> TensorVerdict {
+    let mut tensor = TensorVerdict {
+        name: name.into(),
+        verdict: Verdict::Pass,
+        dtype,
+        beyond: 0,
+        error_over_bound: -1.0,
+        max_abs_error: 0.0,
+        max_rel_error: 0.0,
+        max_ulps: 0.0,
+        worst_index: vec![],
+        expected: f64::NAN,
+        actual: f64::NAN,
+        bound: f64::NAN,
+    };
+    let (mut worst, mut beyond) = (0, vec![false; actual.len()]);
     for witness in witnesses {
-        let scale = witness.iter().fold(1.0, |largest: f64, expected| largest.max(expected.abs()));
-        for (element, (&expected, &actual)) in witness.iter().zip(actual).enumerate() {
+        for (element, ((&expected, &actual), &bound)) in witness.iter().zip(actual).zip(bound).enumerate() {
             let difference = (actual - expected).abs();
             let error = if difference.is_nan() { f64::INFINITY } else { difference };
-            if error > TOLERANCE * scale {
-                verdict = Verdict::Fail;
+            // A bound that is no number is no bound.
+            let over = if error == 0.0 { 0.0 } else { error / bound };
+            let over = if over.is_nan() || bound.is_nan() { f64::INFINITY } else { over };
+            if over > 1.0 {
+                beyond[element] = true;
             }
             let relative = if error == 0.0 { 0.0 } else { error / expected.abs() };
-            max_rel_error = f64::max(max_rel_error, relative);
-            if error > max_abs_error {
-                (max_abs_error, worst, worst_expected, worst_actual) = (error, element, expected, actual);
+            tensor.max_abs_error = tensor.max_abs_error.max(error);
+            tensor.max_rel_error = tensor.max_rel_error.max(relative);
+            tensor.max_ulps = tensor.max_ulps.max(error / dtype.ulp(expected));
+            if over > tensor.error_over_bound {
+                tensor.error_over_bound = over;
+                (worst, tensor.expected, tensor.actual, tensor.bound) = (element, expected, actual, bound);
             }
         }
     }
-    TensorVerdict {
-        name: name.into(),
-        verdict,
-        max_abs_error: max_abs_error.max(0.0),
-        max_rel_error,
-        worst_index: if actual.is_empty() { vec![] } else { unravel(worst, actual.shape()) },
-        expected: worst_expected,
-        actual: worst_actual,
-    }
+    tensor.error_over_bound = tensor.error_over_bound.max(0.0);
+    tensor.beyond = beyond.into_iter().filter(|&beyond| beyond).count();
+    tensor.verdict = if tensor.beyond > 0 { Verdict::Fail } else { Verdict::Pass };
+    tensor.worst_index = if actual.is_empty() { vec![] } else { unravel(worst, actual.shape()) };
+    tensor
 }

@@ -54,10 +54,14 @@ pub struct Definition<'a, 'x, O: Operator, R> {
 pub struct Evaluation<R> {
     /// The output.
     pub y: ArrayD<R>,
+    /// V, as W0 is stored; `None` where it is not asked for.
+    pub weighted: Option<ArrayD<R>>,
     /// `n = ||V|| + eps`; `None` for LoRA.
     pub weight_norm: Option<Array1<R>>,
-    /// W', as W0 is stored.
-    pub merged_weight: ArrayD<R>,
+    /// `g = m / n`; `None` for LoRA.
+    pub gain: Option<Array1<R>>,
+    /// W', as W0 is stored; `None` where it is not asked for.
+    pub merged_weight: Option<ArrayD<R>>,
     /// All gradients, where there was a cotangent.
     pub gradients: Option<Gradients<R>>,
 }
@@ -95,8 +99,10 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
         let weights = self.weights();
         Evaluation {
             y: self.forward(&weights),
+            weighted: Some(self.operator.stored_weight(weights.weighted.clone())),
             weight_norm: weights.norms.as_ref().map(|norms| norms.n.clone().into()),
-            merged_weight: self.operator.stored_weight(weights.merged.clone()),
+            gain: weights.norms.as_ref().map(|Norms { m, n, .. }| m.iter().zip(n).map(|(&m, &n)| gain(m, n)).collect()),
+            merged_weight: Some(self.operator.stored_weight(weights.merged.clone())),
             gradients: dy.map(|dy| self.backward(&weights, &dy.mapv(R::constant))),
         }
     }

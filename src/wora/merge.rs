@@ -42,8 +42,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
     ///
     /// A unit with `||V|| = 0` (C5), unless `zero_norm` allows it; a norm that overflows (C2).
     pub fn merge(&self) -> Result<Merged<T>> {
-        let mut weighted = self.delta_weight(self.alpha() * self.scaling());
-        weighted.scaled_add(self.beta(), &self.weight()); // E9
+        let mut weighted = self.weighted_matrix();
         let Some(magnitude) = self.magnitude() else {
             return Ok(Merged { weight: self.operator().stored_weight(weighted), weight_norm: None });
         };
@@ -84,6 +83,18 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         weight -= &self.delta_weight(self.alpha() * self.scaling()); // E37
         weight /= self.beta(); // E37
         Ok(self.operator().stored_weight(weight))
+    }
+
+    /// `V = beta W0 + alpha s B A`, in the shape and layout of W0. E9
+    pub fn weighted(&self) -> ArrayD<T> {
+        self.operator().stored_weight(self.weighted_matrix())
+    }
+
+    /// V: `[units, fan_in]`
+    fn weighted_matrix(&self) -> Array2<T> {
+        let mut weighted = self.delta_weight(self.alpha() * self.scaling());
+        weighted.scaled_add(self.beta(), &self.weight()); // E9
+        weighted
     }
 
     /// `scale B A`: `[units, fan_in]`

@@ -9,6 +9,7 @@ mod direction;
 mod layer;
 mod merge;
 mod passes;
+mod rounding;
 
 pub use adapter::{Adapter, Base, LoraInit};
 pub(crate) use adapter::{SCALE_NAMES, as_matrix, magnitude_shape};
@@ -19,3 +20,4 @@ pub use layer::Layer;
 pub use merge::Merged;
 pub(crate) use passes::check_mask;
 pub use passes::{Cache, Gradients, RequiresGrad};
+pub use rounding::Storage;

@@ -1,0 +1,138 @@
+//! The types that a case file's numbers are stored in, and rounding to them.
+//!
+//! ```
+//! use woracle::oracle::Dtype;
+//! assert_eq!(Dtype::Bf16.round(1.0 + 1.0 / 256.0), 1.0); // a tie goes to the even neighbour
+//! assert_eq!(Dtype::F16.round(1e6), f64::INFINITY);
+//! ```
+
+use crate::wora::Storage;
+use half::{bf16, f16};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// A floating-point type of safetensors, by its name there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Dtype {
+    /// 53 digits.
+    F64,
+    /// 24 digits.
+    F32,
+    /// 8 digits, the range of F32.
+    Bf16,
+    /// 11 digits, up to 65504.
+    F16,
+}
+
+impl Dtype {
+    /// Every type.
+    pub const ALL: [Self; 4] = [Self::F64, Self::F32, Self::Bf16, Self::F16];
+
+    /// Binary digits of a normal number.
+    const fn digits(self) -> i32 {
+        match self {
+            Self::F64 => 53,
+            Self::F32 => 24,
+            Self::Bf16 => 8,
+            Self::F16 => 11,
+        }
+    }
+
+    /// The exponent of the smallest normal number.
+    const fn least_exponent(self) -> i32 {
+        match self {
+            Self::F64 => -1022,
+            Self::F32 | Self::Bf16 => -126,
+            Self::F16 => -14,
+        }
+    }
+
+    /// The largest relative error of one rounding of a normal number.
+    pub fn unit_roundoff(self) -> f64 {
+        power_of_two(-self.digits())
+    }
+
+    /// The distance between neighbours at a number.
+    pub fn ulp(self, value: f64) -> f64 {
+        let exponent = if value == 0.0 || !value.is_finite() { i32::MIN } else { exponent(value) };
+        power_of_two(exponent.max(self.least_exponent()) - (self.digits() - 1))
+    }
+
+    /// The distance between the numbers nearest to 0.
+    pub fn smallest_subnormal(self) -> f64 {
+        self.ulp(0.0)
+    }
+
+    /// The nearest number of this type, the even one of two; an infinity beyond the largest.
+    pub fn round(self, value: f64) -> f64 {
+        let beyond = match self {
+            Self::F64 => return value,
+            Self::F32 | Self::Bf16 => power_of_two(128),
+            Self::F16 => power_of_two(16),
+        };
+        if value == 0.0 || !(value.abs() < beyond) {
+            return if value.abs() >= beyond { f64::INFINITY.copysign(value) } else { value };
+        }
+        let quantum = self.ulp(value);
+        let rounded = (value / quantum).round_ties_even() * quantum;
+        if rounded.abs() < beyond { rounded } else { f64::INFINITY.copysign(value) }
+    }
+
+    /// What storing intermediates in this type does to results. Half the types are multiplied with sums kept in F32.
+    pub fn storage(self) -> Storage {
+        let chain = match self {
+            Self::F64 => usize::MAX,
+            Self::F32 => 256,
+            Self::Bf16 | Self::F16 => 0,
+        };
+        Storage { smallest_normal: power_of_two(self.least_exponent()), chain }
+    }
+
+    /// The little-endian bytes of the nearest number.
+    pub(crate) fn bytes(self, value: f64) -> Vec<u8> {
+        let value = self.round(value);
+        match self {
+            Self::F64 => value.to_le_bytes().into(),
+            Self::F32 => (value as f32).to_le_bytes().into(),
+            Self::Bf16 => bf16::from_f64(value).to_le_bytes().into(),
+            Self::F16 => f16::from_f64(value).to_le_bytes().into(),
+        }
+    }
+}
+
+/// `2^exponent`, from the smallest subnormal f64 up.
+fn power_of_two(exponent: i32) -> f64 {
+    f64::from_bits(if exponent < -1022 { 1 << (exponent + 1074) } else { ((exponent + 1023) as u64) << 52 })
+}
+
+/// The exponent of a finite number other than 0.
+fn exponent(value: f64) -> i32 {
+    let bits = value.to_bits();
+    match ((bits >> 52) & 0x7ff) as i32 {
+        0 => -1023 - (bits << 12).leading_zeros() as i32,
+        biased => biased - 1023,
+    }
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::F64 => "f64",
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        })
+    }
+}
+
+impl From<Dtype> for safetensors::Dtype {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F64 => Self::F64,
+            Dtype::F32 => Self::F32,
+            Dtype::Bf16 => Self::BF16,
+            Dtype::F16 => Self::F16,
+        }
+    }
+}
