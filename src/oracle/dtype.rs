@@ -71,8 +71,11 @@ impl Dtype {
             Self::F32 | Self::Bf16 => power_of_two(128),
             Self::F16 => power_of_two(16),
         };
-        if value == 0.0 || !(value.abs() < beyond) {
-            return if value.abs() >= beyond { f64::INFINITY.copysign(value) } else { value };
+        if value == 0.0 || value.is_nan() {
+            return value;
+        }
+        if value.abs() >= beyond {
+            return f64::INFINITY.copysign(value);
         }
         let quantum = self.ulp(value);
         let rounded = (value / quantum).round_ties_even() * quantum;

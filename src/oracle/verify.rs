@@ -21,8 +21,8 @@ use ndarray::ArrayD;
 use serde::Serialize;
 use std::collections::BTreeSet;
 
-/// How many times the rounding error to expect an answer may be off.
-pub const SLACK: f64 = 8.0;
+/// How many times the rounding error to expect an answer may be off, and the oracle beside it.
+pub const SLACK: f64 = 4.5;
 
 /// Answers are held against the definition too where it adds up no more products than this: it is slow.
 pub const DEFINED: usize = 1 << 25;
@@ -149,7 +149,8 @@ pub(super) fn expected(file: &CaseFile, tolerance: Tolerance) -> Result<Expected
         let place = dtypes.iter().position(|&other| other == dtype).expect("the type of an answer");
         let bound = match tolerance {
             Tolerance { rtol: None, atol: None } => {
-                let (unit, least) = (SLACK * dtype.unit_roundoff(), dtype.smallest_subnormal() / 2.0);
+                let unit = SLACK * (dtype.unit_roundoff() + Dtype::F64.unit_roundoff());
+                let least = dtype.smallest_subnormal() / 2.0;
                 roundings[place][name].mapv(|rounding| unit * rounding + least)
             }
             Tolerance { rtol, atol } => {

@@ -331,12 +331,10 @@ impl<'x, O: Operator, T: Scalar> Passes<'_, 'x, O, T> {
             let dm_error = over(&over(&c_error)) + &square(&dm) * &(&w.norm_error + two);
             magnitude = Some(dm_error.mapv_into(|error| error + tiny_sq)); // E65
             if config.norm_gradient == NormGradient::Full {
-                let k = direction.norm_weight(c.view());
-                norm_weight_error =
-                    Zip::from(&k).and(&c).and(&c_error).and(&w.norm_error).map_collect(|&k, &c, &c_error, &of_n| {
-                        let relative = if c == T::zero() { T::zero() } else { c_error / (c * c) };
-                        k * k * (relative + T::from_f64(3.0) * (of_n + T::one()))
-                    }); // E66
+                let per_c = direction.norm_weight(Array1::ones(c.len()).view());
+                let k = &per_c * &c;
+                norm_weight_error = square(&per_c) * &c_error;
+                norm_weight_error += &(square(&k) * (&w.norm_error + T::one()) * T::from_f64(3.0)); // E66
                 let (at, of_k) = (w.spread(&k), w.spread(&norm_weight_error));
                 let through = &square(&at) * &w.weighted_error + (&of_k + &square(&at)) * square(&w.weighted);
                 dweighted_error += &through; // E67
@@ -389,7 +387,7 @@ impl<'x, O: Operator, T: Scalar> Passes<'_, 'x, O, T> {
             {
                 match config.norm_axis {
                     NormAxis::Output => {
-                        lora_b += &(square(&mix_b(path, layer.a())) * &error.view().insert_axis(Axis(1)));
+                        lora_b += &(square(&mix_b(path, layer.a())) * error.view().insert_axis(Axis(1)));
                     }
                     NormAxis::Input => lora_a += &(square(&mix_a(layer.b(), path)) * error),
                 }
