@@ -24,13 +24,16 @@ pub mod mistakes;
 pub mod operators;
 pub mod oracle;
 pub mod registry;
+pub mod traced;
 pub mod wora;
 
+mod counted;
 mod dual;
 mod error;
 mod rounded;
 mod scalar;
 
+pub use counted::Counted;
 pub use dual::{Dual, DualForward, DualTensors};
 pub use error::{Error, Result};
 pub use rounded::Rounded;

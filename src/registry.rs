@@ -7,16 +7,18 @@
 //! ```
 
 use crate::case::{Case, Tensor, Tensors};
-use crate::cases::{CONV1D, CONV2D, CONV3D, EMBEDDING, LINEAR, Spec, draw};
+use crate::cases::{CONV1D, CONV2D, CONV3D, EMBEDDING, LINEAR, Spec, Twist, draw};
 use crate::error::check_shape;
-use crate::mistakes::{Anchor, Evaluated, Formula, Mistake};
+use crate::mistakes::{Anchor, Evaluated, Formula, FormulaResults, Mistake, Spoiling, TracedForward, results};
 use crate::operators::{Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operator};
+use crate::traced::Traced;
 use crate::wora::{
     Adapter, Base, Config, Definition, Evaluation, Gradients, Layer, Method, NormGradient, RequiresGrad, SCALE_NAMES,
     Storage, as_matrix, check_mask,
 };
-use crate::{Dual, DualForward, DualTensors, Error, Real, Result, Rounded, Scalar};
-use ndarray::{Array1, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Axis, Zip};
+use crate::{Counted, Dual, DualForward, Error, Real, Result, Rounded, Scalar};
+use ndarray::{Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Axis, Zip};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
 
@@ -140,22 +142,13 @@ pub trait Subject: Sync {
     ///
     /// As [`Subject::evaluate`].
     fn is_gradient_of_the_loss(&self, case: &Case) -> Result<bool>;
-    /// y of a formula, right or mistaken, as a function of dual numbers that take the place of the case's tensors;
-    /// where the formula holds its norm, it is held at that of the case. `None` where the mistake cannot be made.
+    /// A formula, right or mistaken, as a function of traced numbers that take the place of the case's tensors; where
+    /// the formula holds its norm, it is held at that of the case. `None` where the mistake cannot be made.
     ///
     /// # Errors
     ///
     /// As [`Subject::evaluate`].
-    fn formula(&self, formula: &Formula, case: &Case) -> Result<Option<DualForward>>;
-    /// y and the gradients of someone who makes this mistake; `None` where it cannot be made.
-    ///
-    /// # Errors
-    ///
-    /// As [`Subject::evaluate`].
-    fn mistaken(&self, mistake: &Mistake, case: &Case) -> Result<Option<Tensors>> {
-        let evaluate = |formula: &Formula, case: &Case| self.formula(formula, case);
-        mistake.evaluate(case, self.lora_names(), &self.define(case)?, &evaluate)
-    }
+    fn formula(&self, formula: &Formula, case: &Case) -> Result<Option<TracedForward>>;
     /// What the low-rank pair is called: A, then B.
     fn lora_names(&self) -> [&'static str; 2];
     /// Whether that forward is affine in this tensor alone.
@@ -165,6 +158,11 @@ pub trait Subject: Sync {
     /// As [`Subject::evaluate`].
     fn is_affine(&self, case: &Case, tensor: &str) -> Result<bool>;
 }
+
+/// Sums of fewer units than this are exact in bf16, the type with the fewest digits, in any order.
+pub const EXACT: f64 = 256.0;
+/// How often an exact case is drawn: most draws are sparse enough.
+const ATTEMPTS: usize = 10_000;
 
 /// A LoRA, DoRA or WoRA layer over an operator.
 struct Adapted<O> {
@@ -271,6 +269,13 @@ impl<O: Operator> Adapted<O> {
         Ok(Self::tensors(evaluation, |value| value))
     }
 
+    /// Whether no sum of the definition needs more digits than any type has, and no result is zero altogether.
+    fn is_exact(case: &Case) -> bool {
+        let all = Self::define_on(case, Counted::constant).expect("a case of a spec");
+        let says = |values: &ArrayD<Counted>| values.iter().any(|one| one.value() != 0.0);
+        all.values().all(says) && all.values().flatten().all(|one| one.digits() < EXACT)
+    }
+
     /// Results under their names in a case file.
     fn tensors<E: Copy, N>(evaluation: Evaluation<E>, read: impl Fn(E) -> N) -> BTreeMap<String, ArrayD<N>> {
         let Evaluation { y, weighted, weight_norm, gain, merged_weight, gradients } = evaluation;
@@ -297,7 +302,9 @@ impl<O: Operator> Subject for Adapted<O> {
         self.specs
     }
     fn draw(&self, spec: &Spec, seed: u64) -> Case {
-        draw::<O>(spec, self.name, seed)
+        let attempts = (0..).map(|attempt| draw::<O>(spec, self.name, seed, attempt));
+        let fits = |case: &Case| spec.twist != Twist::Exact || Self::is_exact(case);
+        attempts.take(ATTEMPTS).find(fits).expect("an exact case among the attempts")
     }
     fn evaluate(&self, case: &Case, precision: Precision) -> Result<Tensors> {
         match precision {
@@ -389,7 +396,7 @@ impl<O: Operator> Subject for Adapted<O> {
         let y = y.into_shape_with_order(adapted.shape()).expect("as many outputs as the adapted layer's");
         Ok(RoundTrip { adapted, merged: y, restored: layer.unmerge(&merged) })
     }
-    fn formula(&self, formula: &Formula, case: &Case) -> Result<Option<DualForward>> {
+    fn formula(&self, formula: &Formula, case: &Case) -> Result<Option<TracedForward>> {
         let mut anchor = Self::with_definition(
             case,
             |_, values| values.to_owned(),
@@ -406,8 +413,21 @@ impl<O: Operator> Subject for Adapted<O> {
         anchor.weight_norm = Some(weight_norm);
         let (formula, case) = (*formula, case.clone());
         Ok(Some(Box::new(move |inputs| {
-            let there = Self::with_definition(&case, lift(inputs), |there, _| formula.evaluate(&there, &anchor))??;
-            Ok(there.expect("a formula that has been evaluated at the case").y)
+            let results = |there: Definition<'_, '_, O, Traced>| {
+                let evaluated = formula.evaluate(&there, &anchor)?;
+                let Evaluated { y, weight_norm, gain, weighted, merged } =
+                    evaluated.expect("a formula that has been evaluated at the case");
+                let stored = |matrix: Array2<Traced>| there.operator.stored_weight(matrix);
+                let mut stages = BTreeMap::from([("weighted", stored(weighted)), ("merged_weight", stored(merged))]);
+                if there.config.has_norm() {
+                    stages.extend(
+                        [("weight_norm", weight_norm), ("gain", gain)]
+                            .map(|(name, each)| (name, Array1::from(each).into_dyn())),
+                    );
+                }
+                Ok(FormulaResults { y, stages })
+            };
+            Self::with_definition(&case, lift(inputs), |there, _| results(there))?
         })))
     }
     fn is_gradient_of_the_loss(&self, case: &Case) -> Result<bool> {
@@ -431,9 +451,29 @@ impl<O: Operator> Subject for Adapted<O> {
     }
 }
 
-/// A case's tensors as dual numbers: those given, the others constant.
-fn lift(inputs: &DualTensors) -> impl Fn(&str, ArrayViewD<'_, f64>) -> ArrayD<Dual> {
-    |name, values| inputs.get(name).cloned().unwrap_or_else(|| values.mapv(Dual::constant))
+/// A case's tensors as other numbers: those given, the others constant.
+fn lift<R: Real>(inputs: &BTreeMap<String, ArrayD<R>>) -> impl Fn(&str, ArrayViewD<'_, f64>) -> ArrayD<R> {
+    |name, values| inputs.get(name).cloned().unwrap_or_else(|| values.mapv(R::constant))
+}
+
+/// The results of someone who makes these mistakes in a case; `None` where they cannot be made, or not together.
+///
+/// # Errors
+///
+/// As [`Subject::evaluate`].
+pub fn mistaken(subject: &dyn Subject, mistakes: &[&Mistake], case: &Case) -> Result<Option<Tensors>> {
+    with_mistakes(subject, case, |spoiling| results(mistakes, spoiling))
+}
+
+/// Hands `run` a case in which mistakes can be made one after the other.
+pub(crate) fn with_mistakes<Out>(
+    subject: &dyn Subject,
+    case: &Case,
+    run: impl FnOnce(&Spoiling<'_>) -> Result<Out>,
+) -> Result<Out> {
+    let (right, formula) = (subject.define(case)?, |formula: &Formula, case: &Case| subject.formula(formula, case));
+    let lora = subject.lora_names();
+    run(&Spoiling { case, lora, right: &right, formula: &formula, known: RefCell::default() })
 }
 
 /// The layer in which A and W0 have moved from `from` by only a fraction of the way to `to`, column by column.

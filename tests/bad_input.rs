@@ -131,7 +131,10 @@ fn report(run: &Run) -> Value {
     assert_eq!(keys(&report), ["cases", "failed", "passed"]);
     let cases = report["cases"].as_array().unwrap();
     for case in cases {
-        assert_eq!(keys(case), ["file", "name", "tensors", "verdict"]);
+        let fields = ["diagnosis", "error", "facts", "file", "first_diverging", "name", "tensors", "verdict"];
+        assert_eq!(keys(case), fields);
+        assert_eq!(case["error"].is_string(), case["verdict"] == "error", "{case}");
+        assert_eq!(case["first_diverging"].is_string(), case["verdict"] == "fail", "{case}");
         assert!(case["name"].is_string() && case["file"].is_string(), "{case}");
         assert!(["pass", "fail", "error"].contains(&case["verdict"].as_str().unwrap()), "{case}");
         for tensor in case["tensors"].as_array().unwrap() {

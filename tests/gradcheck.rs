@@ -9,7 +9,7 @@ use woracle::cases::Spec;
 use woracle::gradcheck::{
     CaseReport, Estimate, Function, Options, Place, TensorReport, Verdict, Witness, check, gradcheck, ladder,
 };
-use woracle::mistakes::Formula;
+use woracle::mistakes::{Formula, TracedForward};
 use woracle::registry::{Forward, LAYERS, Precision, RoundTrip, Subject, layer};
 use woracle::wora::{Config, Method, NormGradient, Storage};
 use woracle::{Dual, DualForward, Result, Rounded};
@@ -116,7 +116,7 @@ impl Subject for Altered<'_> {
     fn is_gradient_of_the_loss(&self, case: &Case) -> Result<bool> {
         Ok(!self.silent_identities && linear().is_gradient_of_the_loss(case)?)
     }
-    fn formula(&self, formula: &Formula, case: &Case) -> Result<Option<DualForward>> {
+    fn formula(&self, formula: &Formula, case: &Case) -> Result<Option<TracedForward>> {
         linear().formula(formula, case)
     }
     fn lora_names(&self) -> [&'static str; 2] {

@@ -10,7 +10,7 @@ use woracle::case::{Case, Tensor, Tensors};
 use woracle::cases::{Spec, Twist};
 use woracle::gradcheck::{Verdict, Witness, check_mistake, try_mistake};
 use woracle::mistakes::{Backward, Gain, MISTAKES, Mistake, RIGHT, mistake};
-use woracle::registry::{LAYERS, Subject, layer};
+use woracle::registry::{LAYERS, Subject, layer, mistaken};
 
 const SEED: u64 = 7;
 /// Cases with more elements than this are left to the checker: here every gradient is a difference along each.
@@ -466,7 +466,7 @@ fn examine(id: &str, layer_name: &str) -> (Vec<String>, [usize; 2]) {
     let (mut wrong, mut matters) = (vec![], [0, 0]);
     for (spec, case) in small_cases(subject) {
         let place = format!("{id} in {}", spec.name);
-        let theirs = subject.mistaken(mistake, &case).expect("a result");
+        let theirs = mistaken(subject, &[mistake], &case).expect("a result");
         let naive = Naive::new(subject, &case, id);
         let (Some(theirs), Some(naive)) = (&theirs, &naive) else {
             if theirs.is_some() != naive.is_some() {

@@ -15,6 +15,11 @@ const fn conv(name: &'static str, x: &'static [usize], weight: &'static [usize],
     Spec { x, weight, operator, rank: 2, ..Spec::plain(name) }
 }
 
+/// Small whole numbers.
+const fn exact(name: &'static str, x: &'static [usize], weight: &'static [usize], operator: &'static str) -> Spec {
+    Spec { alpha_beta: (0.5, 0.5), twist: Twist::Exact, ..conv(name, x, weight, operator) }
+}
+
 const SAME: &str = r#"{"padding":"same"}"#;
 const SAME_DILATED: &str = r#"{"padding":"same","dilation":2}"#;
 const PADDED: &str = r#"{"padding":1}"#;
@@ -59,6 +64,8 @@ pub const CONV1D: &[Spec] = &[
     conv("conv1d-same-dilated", &[2, 4, 9], &[6, 4, 3], SAME_DILATED),
     // As many channels in as out, so that a norm along the other axis is a wrong number and no wrong shape.
     Spec { config: FULL, ..conv("conv1d-square-full", &[2, 4, 7], &[4, 4, 3], PADDED) },
+    exact("conv1d-exact", &[1, 2, 4], &[3, 2, 2], PADDED),
+    Spec { config: FULL, ..exact("conv1d-exact-full", &[1, 2, 3], &[2, 2, 2], PADDED) },
     conv("conv1d-large-tiles", &[2, 3, 1200], &[20, 3, 5], r#"{"padding":2}"#),
     Spec { config: FULL, ..conv("conv1d-large-one-unit-full", &[1, 40, 700], &[1, 40, 3], PADDED) },
 ];
@@ -92,6 +99,7 @@ pub const CONV2D: &[Spec] = &[
         ..conv("conv2d-zero-unit-full", &[1, 4, 5, 5], &[6, 4, 3, 3], PADDED)
     },
     Spec { config: FULL, ..conv("conv2d-square-full", &[1, 4, 5, 5], &[4, 4, 3, 2], PADDED) },
+    exact("conv2d-exact", &[1, 2, 2, 3], &[3, 2, 2, 2], PADDED),
     // 900 positions, two tiles; 40 * 900 * 2 outputs, above the threshold of parallel passes.
     Spec { rank: 4, config: FULL, ..conv("conv2d-large-full", &[2, 20, 30, 30], &[40, 20, 3, 3], PADDED) },
     Spec {
@@ -131,6 +139,7 @@ pub const CONV3D: &[Spec] = &[
     },
     Spec { dropout: Some(0.5), ..conv("conv3d-dropout", &[1, 2, 3, 3, 4], &[4, 2, 2, 2, 2], PADDED) },
     Spec { config: FULL, ..conv("conv3d-square-full", &[1, 3, 3, 3, 3], &[3, 3, 2, 3, 2], PADDED) },
+    exact("conv3d-exact", &[1, 2, 2, 2, 2], &[2, 2, 2, 1, 2], PADDED),
     // 2 tiles of 1000 positions.
     Spec { config: FULL, ..conv("conv3d-large-full", &[2, 6, 10, 10, 10], &[36, 6, 3, 3, 3], PADDED) },
 ];

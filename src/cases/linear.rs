@@ -14,6 +14,8 @@ const LARGE: Spec = Spec { x: &[260, 130], weight: &[256, 130], rank: 4, ..PLAIN
 /// 2 * 400 * 400 * 32 operations: above the threshold of parallel norms, every row of which is cancelled.
 const LARGE_CANCELLING: Spec = Spec { x: &[3, 400], weight: &[400, 400], rank: 31, twist: Twist::Cancelling, ..PLAIN };
 
+const EXACT: Spec = Spec { x: &[2, 5], weight: &[3, 5], rank: 2, alpha_beta: (0.5, 0.5), twist: Twist::Exact, ..PLAIN };
+
 /// Every case of the linear layer.
 pub const LINEAR: &[Spec] = &[
     PLAIN,
@@ -115,6 +117,9 @@ pub const LINEAR: &[Spec] = &[
         config: PER_INPUT_FULL,
         ..PLAIN
     },
+    Spec { name: "linear-exact", ..EXACT },
+    Spec { name: "linear-exact-full", config: FULL, ..EXACT },
+    Spec { name: "linear-exact-dropout", dropout: Some(0.5), ..EXACT },
     Spec { name: "linear-large", ..LARGE },
     Spec { name: "linear-large-dropout-full", dropout: Some(0.5), config: FULL, ..LARGE },
     Spec { name: "linear-large-per-input-full", config: PER_INPUT_FULL, ..LARGE },

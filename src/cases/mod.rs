@@ -56,9 +56,47 @@ pub enum Twist {
     RepeatedIds,
     /// W0 and B are zero in the first unit, so that it has no direction.
     ZeroUnit,
+    /// Few small whole numbers, and norms that are powers of two, so that every result is the same bits in every type
+    /// and order of summation. SPEC.md, section 11.1.
+    Exact,
 }
 
 impl Spec {
+    /// Why the case exists: what sets it apart from the plain one of its layer.
+    pub fn why(&self) -> String {
+        let Config { method, norm_gradient, norm_axis, norm_eps, .. } = self.config;
+        let mut reasons = vec![match method {
+            Method::Lora => "LoRA".to_string(),
+            Method::Dora => "DoRA".into(),
+            Method::Wora => "WoRA".into(),
+        }];
+        reasons.extend((norm_gradient == NormGradient::Full).then(|| "the gradient through the norm".into()));
+        reasons.extend((norm_axis == NormAxis::Input).then(|| "one norm an input column".into()));
+        reasons.extend((norm_eps != 0.0).then(|| format!("norm_eps {norm_eps}")));
+        reasons.extend((self.operator != "{}").then(|| self.operator.replace(['{', '}', '"'], "").replace(',', ", ")));
+        reasons.extend(self.dropout.map(|p| format!("dropout {p}")));
+        reasons.extend((self.rank == 1).then(|| "rank 1".into()));
+        let features = self.weight.iter().copied().min().unwrap_or(0);
+        reasons.extend((self.rank > features && self.weight.len() == 2).then(|| "a rank above the features".into()));
+        reasons
+            .extend((self.weight[0] == self.weight[1]).then(|| "square, so that a transpose is no wrong shape".into()));
+        let (alpha, beta) = self.alpha_beta;
+        reasons.extend((alpha <= 0.0 || beta <= 0.0).then(|| format!("alpha {alpha}, beta {beta}")));
+        reasons.extend(
+            match self.twist {
+                Twist::None => None,
+                Twist::FreshB => Some("B zero, as in a fresh adapter"),
+                Twist::Cancelling => Some("beta W0 close to -alpha s B A, where a factored norm cancels"),
+                Twist::Tiny => Some("weights whose squares vanish in f32"),
+                Twist::RepeatedIds => Some("ids that repeat"),
+                Twist::ZeroUnit => Some("a unit without a direction"),
+                Twist::Exact => Some("the same bits in every type and order of summation"),
+            }
+            .map(Into::into),
+        );
+        reasons.join("; ")
+    }
+
     /// An ordinary case: 5 rows, bias, rank 3, detached, everything away from its initial value.
     pub const fn plain(name: &'static str) -> Self {
         Self {
@@ -96,22 +134,41 @@ impl Draw {
     }
 }
 
-/// The case of a spec, its numbers drawn from the seed and the name: adding a case changes no other.
+/// `B A`, as the weight is stored.
+fn delta<O: Operator>(operator: &O, adapter: &Adapter<f64>) -> ArrayD<f64> {
+    let lora = Config::new(Method::Lora, 1.0);
+    let pair = Adapter { magnitude: None, alpha: None, beta: None, ..adapter.clone() };
+    let zero = Base { weight: ArrayD::zeros(operator.weight_shape()), bias: None };
+    let layer = Layer::new(operator.clone(), lora, zero, pair);
+    layer.and_then(|layer| layer.merge()).expect("a LoRA layer").weight
+}
+
+/// -1, 0 or 1, each as likely.
+fn ternary(v: f64) -> f64 {
+    (1.5 * v).round_ties_even().clamp(-1.0, 1.0)
+}
+
+/// The case of a spec, its numbers drawn from the seed and the name: adding a case changes no other. Every attempt
+/// draws others.
 ///
 /// # Panics
 ///
 /// If the spec contradicts itself.
-pub fn draw<O: Operator>(spec: &Spec, layer: &str, seed: u64) -> Case {
+pub fn draw<O: Operator>(spec: &Spec, layer: &str, seed: u64, attempt: u64) -> Case {
     let name_hash = spec
         .name
         .bytes()
         .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
-    let mut draw = Draw::new(seed ^ name_hash);
+    let mut draw = Draw::new(seed ^ name_hash ^ (attempt << 32));
+    let exact = spec.twist == Twist::Exact;
     let mut settings: Map<String, Value> = serde_json::from_str(spec.operator).expect("JSON in a spec");
     let parsed = serde_json::from_value(settings.clone().into()).expect("settings in a spec");
     let operator = O::from_weight_shape(parsed, spec.weight).expect("a weight in a spec");
     let Value::Object(config) = serde_json::to_value(spec.config).expect("a config") else { unreachable!("a struct") };
     settings.extend(config);
+    if exact {
+        settings.insert("tier".into(), "exact".into());
+    }
 
     let [shape_a, shape_b] = operator.lora_shapes(spec.rank);
     let scalar = |value| ArrayD::from_elem(IxDyn(&[]), value);
@@ -145,17 +202,32 @@ pub fn draw<O: Operator>(spec: &Spec, layer: &str, seed: u64) -> Case {
             base.weight = operator.stored_weight(weight);
         }
         Twist::Cancelling => {
-            let lora = Config::new(Method::Lora, 1.0);
-            let pair = Adapter { magnitude: None, alpha: None, beta: None, ..adapter.clone() };
-            let zero = Base { weight: ArrayD::zeros(spec.weight), bias: None };
-            let delta =
-                Layer::new(operator.clone(), lora, zero, pair).and_then(|layer| layer.merge()).expect("a LoRA layer");
             let factor = -alpha * spec.config.scaling / beta;
             Zip::from(&mut base.weight)
-                .and(&delta.weight)
+                .and(&delta(&operator, &adapter))
                 .for_each(|w, &delta| *w = f64::from((delta * factor + *w / 2.0) as f32));
         }
+        Twist::Exact => {
+            adapter.lora_a.mapv_inplace(ternary);
+            adapter.lora_b.mapv_inplace(ternary);
+            base.bias.iter_mut().for_each(|bias| bias.mapv_inplace(ternary));
+            // V has four elements of -1 or 1 in every row, so that its norms are 2.
+            let keys = operator.weight_matrix(base.weight.view()).to_owned();
+            let mut weighted = ndarray::Array2::zeros(keys.dim());
+            for (i, (mut row, keys)) in weighted.outer_iter_mut().zip(keys.outer_iter()).enumerate() {
+                let mut order: Vec<usize> = (0..keys.len()).collect();
+                order.sort_by(|&j, &k| keys[j].abs().total_cmp(&keys[k].abs()));
+                order.iter().take(4).for_each(|&j| row[j] = if keys[j] < 0.0 { -1.0 } else { 1.0 });
+                if let Some(magnitude) = &mut adapter.magnitude {
+                    let m = magnitude.iter_mut().nth(i).expect("one a unit");
+                    *m = if *m < 1.5 { 2.0 } else { 4.0 };
+                }
+            }
+            let alpha_s = alpha * spec.config.scaling;
+            base.weight = (operator.stored_weight(weighted) - delta(&operator, &adapter) * alpha_s) / beta;
+        }
     }
+    let small = |v| if exact { ternary(v) } else { v };
     let mask = spec.dropout.map(|p| draw.array(spec.x, |v| if (v + 1.0) / 2.0 < p { 0.0 } else { 1.0 / (1.0 - p) }));
     let values = draw.array(spec.x, |v| v);
     let ids = if spec.twist == Twist::RepeatedIds { operator.fan_in().min(4) } else { operator.fan_in() };
@@ -163,11 +235,12 @@ pub fn draw<O: Operator>(spec: &Spec, layer: &str, seed: u64) -> Case {
     let (x, output) = match <O::Input<'_, f64>>::from_ids(ids.clone()) {
         Some(input) => (Tensor::Int(ids), operator.output_shape::<f64>(&input)),
         None => {
+            let values = values.mapv(small);
             let input = O::Input::from_values(values.clone()).expect("values where there are no ids");
             (Tensor::Float(values), operator.output_shape::<f64>(&input))
         }
     };
-    let cotangent = draw.array(&output.expect("an input in a spec"), |v| v);
+    let cotangent = draw.array(&output.expect("an input in a spec"), small);
 
     let mut tensors: Vec<(&str, ArrayD<f64>)> = vec![("grad.y", cotangent)];
     tensors.extend(adapter.named(O::LORA_NAMES).into_iter().map(|(name, values)| (name, values.to_owned())));

@@ -2,6 +2,7 @@
 //! checked, 2 it could not be checked.
 
 mod check;
+mod escape;
 mod mistakes;
 mod verify;
 

@@ -1,22 +1,42 @@
-//! `wora verify PATH...`: somebody's results, in case files, against the oracle's.
+//! `wora verify PATH...`: somebody's results, in case files, against the oracle's, and what they did wrong.
 
-use super::{Outcome, complain, print, printable, progress, table};
+use super::{Outcome, complain, escape, print, printable, progress, table};
 use indicatif::ProgressBar;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use woracle::oracle::case_file;
+use woracle::oracle::diagnose::{Candidate, Diagnosis, diagnose};
 use woracle::oracle::verify::{TensorVerdict, Tolerance, Verdict, verify};
 use woracle::{Error, Result};
 
-/// Judge results that another implementation wrote into case files.
+/// Judge results that another implementation wrote into case files, and name the mistake that explains wrong ones.
 #[derive(clap::Args)]
 pub struct Args {
     /// Case files, or directories of them
     #[arg(required = true)]
     paths: Vec<PathBuf>,
+    /// Accept what is off by this part of the expected number, instead of the rounding bound of its type
+    #[arg(long, value_parser = tolerance)]
+    rtol: Option<f64>,
+    /// Accept what is off by this much, instead of the rounding bound of its type
+    #[arg(long, value_parser = tolerance)]
+    atol: Option<f64>,
     /// Print the whole report as JSON
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["markdown", "junit"])]
     json: bool,
+    /// Print a summary in Markdown, for a pull request or a CI job
+    #[arg(long, conflicts_with = "junit")]
+    markdown: bool,
+    /// Print a summary in JUnit's XML, for CI
+    #[arg(long)]
+    junit: bool,
+}
+
+fn tolerance(text: &str) -> std::result::Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value.is_finite() && value >= 0.0 => Ok(value),
+        _ => Err("expected a finite number, 0 or more".into()),
+    }
 }
 
 #[derive(Serialize)]
@@ -32,6 +52,14 @@ struct CaseVerdict {
     file: String,
     verdict: Verdict,
     tensors: Vec<TensorVerdict>,
+    /// The first wrong intermediate or result.
+    first_diverging: Option<String>,
+    /// What explains a failure, best first.
+    diagnosis: Vec<Candidate>,
+    /// What is remarkable about wrong numbers.
+    facts: Vec<String>,
+    /// Why it could not be judged.
+    error: Option<String>,
 }
 
 pub fn run(args: Args) -> Result<Outcome> {
@@ -42,13 +70,14 @@ pub fn run(args: Args) -> Result<Outcome> {
             Err(error) => files.push(Err((path.clone(), error))),
         }
     }
+    let tolerance = Tolerance { rtol: args.rtol, atol: args.atol };
     let bar = progress(files.len());
     let mut cases = Vec::new();
     for file in &files {
         cases.push(match file {
             Ok(file) => {
                 bar.set_message(file.display().to_string());
-                judge(file, &bar)
+                judge(file, tolerance, &bar)
             }
             Err((path, error)) => refuse(path, error, &bar),
         });
@@ -57,7 +86,12 @@ pub fn run(args: Args) -> Result<Outcome> {
     bar.finish_and_clear();
     let passed = cases.iter().filter(|case| case.verdict == Verdict::Pass).count();
     let report = Report { passed, failed: cases.len() - passed, cases };
-    print(&if args.json { serde_json::to_string(&report).expect("plain data") } else { as_table(&report) })?;
+    print(&match (args.json, args.markdown, args.junit) {
+        (true, ..) => serde_json::to_string(&report).expect("plain data"),
+        (_, true, _) => as_markdown(&report),
+        (_, _, true) => as_junit(&report),
+        _ => as_table(&report),
+    })?;
     let any = |verdict| report.cases.iter().any(|case| case.verdict == verdict);
     Ok(if any(Verdict::Error) {
         Outcome::Unreadable
@@ -68,26 +102,39 @@ pub fn run(args: Args) -> Result<Outcome> {
     })
 }
 
-fn judge(file: &Path, bar: &ProgressBar) -> CaseVerdict {
-    let case = match case_file::read(file) {
-        Ok(case) => case,
-        Err(error) => return refuse(file, &error, bar),
+fn judge(path: &Path, tolerance: Tolerance, bar: &ProgressBar) -> CaseVerdict {
+    let file = match case_file::read(path) {
+        Ok(file) => file,
+        Err(error) => return refuse(path, &error, bar),
     };
-    match verify(&case, Tolerance::default()) {
-        Ok(tensors) => {
-            let failed = tensors.iter().any(|tensor| tensor.verdict != Verdict::Pass);
-            let verdict = if failed { Verdict::Fail } else { Verdict::Pass };
-            CaseVerdict { name: case.case.name, file: file.display().to_string(), verdict, tensors }
+    let judged = verify(&file, tolerance).and_then(|tensors| {
+        let failed = tensors.iter().any(|tensor| tensor.verdict != Verdict::Pass);
+        Ok((tensors, if failed { Some(diagnose(&file)?) } else { None }))
+    });
+    match judged {
+        Ok((tensors, diagnosis)) => {
+            let verdict = if diagnosis.is_some() { Verdict::Fail } else { Verdict::Pass };
+            let Diagnosis { first_diverging, candidates, facts } = diagnosis.unwrap_or_default();
+            let (name, file) = (file.case.name, path.display().to_string());
+            CaseVerdict { name, file, verdict, tensors, first_diverging, diagnosis: candidates, facts, error: None }
         }
-        Err(error) => CaseVerdict { name: case.case.name, ..refuse(file, &error.in_file(file), bar) },
+        Err(error) => CaseVerdict { name: file.case.name, ..refuse(path, &error.in_file(path), bar) },
     }
 }
 
 /// What could not be judged: said on standard error at once, and counted.
 fn refuse(path: &Path, error: &Error, bar: &ProgressBar) -> CaseVerdict {
     bar.suspend(|| complain(error));
-    let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    CaseVerdict { name, file: path.display().to_string(), verdict: Verdict::Error, tensors: vec![] }
+    CaseVerdict {
+        name: path.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+        file: path.display().to_string(),
+        verdict: Verdict::Error,
+        tensors: vec![],
+        first_diverging: None,
+        diagnosis: vec![],
+        facts: vec![],
+        error: Some(error.to_string()),
+    }
 }
 
 fn word(verdict: Verdict) -> &'static str {
@@ -98,24 +145,120 @@ fn word(verdict: Verdict) -> &'static str {
     }
 }
 
+const HEADER: [&str; 10] =
+    ["case", "tensor", "dtype", "error / bound", "ulps", "beyond", "worst at", "expected", "actual", "verdict"];
+
+fn row(case: &CaseVerdict, tensor: &TensorVerdict) -> [String; 10] {
+    [
+        printable(&case.name),
+        printable(&tensor.name),
+        tensor.dtype.to_string(),
+        format!("{:.2e}", tensor.error_over_bound),
+        format!("{:.1e}", tensor.max_ulps),
+        tensor.beyond.to_string(),
+        format!("{:?}", tensor.worst_index),
+        format!("{:.6e}", tensor.expected),
+        format!("{:.6e}", tensor.actual),
+        word(tensor.verdict).into(),
+    ]
+}
+
+/// What is to be said of a case that fails, a line each.
+fn explanation(case: &CaseVerdict) -> Vec<String> {
+    let mut lines = vec![];
+    lines.extend(case.first_diverging.as_ref().map(|name| format!("first diverging: {}", printable(name))));
+    let explained = case.diagnosis.first().map(|best| best.residual);
+    let ties = case.diagnosis.iter().take_while(|one| Some(one.residual) == explained).count();
+    for (place, Candidate { id, title, seen, section, residual, runner_up_ratio, .. }) in
+        case.diagnosis.iter().enumerate()
+    {
+        let how_well = match *residual {
+            0.0 => "explains every number".to_string(),
+            residual => format!("leaves an error of {residual:.1e} bounds"),
+        };
+        let tied = if place < ties && ties > 1 { " (tied)" } else { "" };
+        let ahead =
+            runner_up_ratio.map_or_else(String::new, |ratio| format!(", {ratio:.1e} times better than the next"));
+        lines.push(format!("{}. {id}{tied}: {title}", place + 1));
+        lines.push(format!("   {how_well}{ahead}; seen: {seen}; SPEC.md, section {section}"));
+    }
+    if case.verdict == Verdict::Fail && case.diagnosis.is_empty() {
+        lines.push("no known mistake, nor a pair of them, explains these numbers".into());
+    }
+    if explained != Some(0.0) {
+        lines.extend(case.facts.iter().map(|fact| format!("   {}", printable(fact))));
+    }
+    lines
+}
+
 fn as_table(report: &Report) -> String {
-    let mut table = table(&["case", "tensor", "max abs error", "max rel error", "at", "expected", "actual", "verdict"]);
+    let mut table = table(&HEADER);
+    let mut below = String::new();
     for case in &report.cases {
         if case.verdict == Verdict::Error {
-            table.add_row([printable(&case.name).as_str(), "", "", "", "", "", "", word(case.verdict)]);
+            let mut cells = HEADER.map(|_| String::new());
+            (cells[0], cells[9]) = (printable(&case.name), word(case.verdict).into());
+            table.add_row(cells);
         }
-        for tensor in &case.tensors {
-            table.add_row([
-                printable(&case.name),
-                printable(&tensor.name),
-                format!("{:.1e}", tensor.max_abs_error),
-                format!("{:.1e}", tensor.max_rel_error),
-                format!("{:?}", tensor.worst_index),
-                format!("{:.6e}", tensor.expected),
-                format!("{:.6e}", tensor.actual),
-                word(tensor.verdict).into(),
-            ]);
+        table.add_rows(case.tensors.iter().map(|tensor| row(case, tensor)));
+        if case.verdict == Verdict::Fail {
+            below += &format!("\n{}:\n  {}", printable(&case.name), explanation(case).join("\n  "));
         }
     }
-    format!("{table}\n{} passed, {} failed", report.passed, report.failed)
+    format!("{table}{below}\n{} passed, {} failed", report.passed, report.failed)
+}
+
+/// The failures in full, the rest in a line.
+fn as_markdown(report: &Report) -> String {
+    let mut text = format!("**{} passed, {} failed**", report.passed, report.failed);
+    for case in report.cases.iter().filter(|case| case.verdict != Verdict::Pass) {
+        text += &format!("\n\n### {}: {}\n", escape::markdown(&printable(&case.name)), word(case.verdict));
+        text += &case
+            .error
+            .as_ref()
+            .map_or_else(String::new, |error| format!("\n{}\n", escape::markdown(&printable(error))));
+        let failed: Vec<_> = case.tensors.iter().filter(|tensor| tensor.verdict != Verdict::Pass).collect();
+        if !failed.is_empty() {
+            text += &format!("\n| {} |\n|{}", HEADER[1..].join(" | "), " --- |".repeat(HEADER.len() - 1));
+            for tensor in failed {
+                let cells = row(case, tensor).map(|cell| escape::markdown(&cell));
+                text += &format!("\n| {} |", cells[1..].join(" | "));
+            }
+            text += "\n";
+        }
+        for line in explanation(case) {
+            text += &format!("\n- {}", escape::markdown(line.trim_start()));
+        }
+    }
+    text
+}
+
+/// One test a case, as JUnit has them.
+fn as_junit(report: &Report) -> String {
+    let count = |verdict| report.cases.iter().filter(|case| case.verdict == verdict).count();
+    let mut text = format!(
+        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"wora verify\" tests=\"{}\" failures=\"{}\" errors=\"{}\">",
+        report.cases.len(),
+        count(Verdict::Fail),
+        count(Verdict::Error)
+    );
+    for case in &report.cases {
+        let (name, file) = (escape::xml(&printable(&case.name)), escape::xml(&printable(&case.file)));
+        text += &format!("\n  <testcase name=\"{name}\" classname=\"{file}\"");
+        text += &match case.verdict {
+            Verdict::Pass => "/>".into(),
+            Verdict::Fail => {
+                let failed = case.tensors.iter().filter(|tensor| tensor.verdict != Verdict::Pass);
+                let names: Vec<_> = failed.map(|tensor| printable(&tensor.name)).collect();
+                let lines = escape::xml(&explanation(case).join("\n"));
+                let message = escape::xml(&format!("wrong: {}", names.join(", ")));
+                format!(">\n    <failure message=\"{message}\">{lines}</failure>\n  </testcase>")
+            }
+            Verdict::Error => {
+                let message = escape::xml(&printable(case.error.as_deref().unwrap_or_default()));
+                format!(">\n    <error message=\"{message}\"/>\n  </testcase>")
+            }
+        };
+    }
+    text + "\n</testsuite>"
 }

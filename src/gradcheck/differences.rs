@@ -231,16 +231,17 @@ impl Differences<'_> {
         step: f64,
         scale: f64,
     ) -> Result<Difference> {
-        let mut at = |step: f64| -> Result<ArrayD<f64>> {
+        let mut at = |step: f64| -> ArrayD<f64> {
             let values = self.inputs[tensor].as_slice().expect("standard layout");
             let moved = inputs.get_mut(tensor).expect("an input").as_slice_mut().expect("standard layout");
             direction.iter().for_each(|&(element, speed)| moved[element] = values[element] + step * speed);
             let y = self.function.forward(inputs);
             let moved = inputs.get_mut(tensor).expect("an input").as_slice_mut().expect("standard layout");
             direction.iter().for_each(|&(element, _)| moved[element] = values[element]);
-            y
+            // Refused out there, where it is accepted at the point itself: it is not defined.
+            y.unwrap_or_else(|_| self.y.mapv(|_| f64::NAN))
         };
-        let (plus, minus) = (at(step)?, at(-step)?);
+        let (plus, minus) = (at(step), at(-step));
         let width = 2.0 * step;
         // What the positions themselves were rounded by, times the slope.
         let values = self.inputs[tensor].as_slice().expect("standard layout");

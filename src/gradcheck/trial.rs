@@ -4,10 +4,11 @@ use super::report::CaseReport;
 use super::{Options, Verdict, Witness, check};
 use crate::case::{Case, Tensor, Tensors};
 use crate::cases::Spec;
-use crate::mistakes::{Formula, Mistake};
-use crate::registry::{Forward, Precision, RoundTrip, Subject, layer};
+use crate::mistakes::{Formula, Mistake, TracedForward};
+use crate::registry::{Forward, Precision, RoundTrip, Subject, layer, mistaken};
+use crate::traced::Traced;
 use crate::wora::Storage;
-use crate::{Dual, DualForward, Error, Real, Result, Rounded};
+use crate::{DualForward, Error, Real, Result, Rounded};
 use ndarray::ArrayD;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -72,7 +73,7 @@ pub fn check_mistake(
     case: &Case,
     seed: u64,
 ) -> Result<Option<CaseReport>> {
-    let Some(wrong) = subject.mistaken(mistake, case)? else { return Ok(None) };
+    let Some(wrong) = mistaken(subject, &[mistake], case)? else { return Ok(None) };
     let mut results = subject.define(case)?;
     let expected = subject.roundings(case)?;
     let differs = |(name, wrong): (&String, &ArrayD<f64>)| {
@@ -118,7 +119,19 @@ impl Subject for Mistaken {
         self.subject.define(case)
     }
     fn roundings(&self, case: &Case) -> Result<BTreeMap<String, ArrayD<Rounded>>> {
-        self.subject.roundings(case)
+        let mut roundings = self.subject.roundings(case)?;
+        for (name, right) in self.subject.define(case)? {
+            // Results that are larger than the right ones are rounded by as much more.
+            let size = |values: &ArrayD<f64>| values.iter().map(|value| value * value).sum::<f64>().sqrt();
+            let larger = size(&self.results[&name]) / size(&right);
+            if larger > 1.0
+                && larger.is_finite()
+                && let Some(roundings) = roundings.get_mut(&name)
+            {
+                roundings.mapv_inplace(|rounding| rounding * Rounded::constant(larger));
+            }
+        }
+        Ok(roundings)
     }
     fn expect(&self, case: &Case, storages: &[Storage]) -> Result<(Tensors, Vec<Tensors>)> {
         self.subject.expect(case, storages)
@@ -138,10 +151,10 @@ impl Subject for Mistaken {
         })?;
         Ok(Box::new(move |case| {
             let floats = case.tensors.iter().filter_map(|(name, tensor)| match tensor {
-                Tensor::Float(values) => Some((name.clone(), values.mapv(Dual::constant))),
+                Tensor::Float(values) => Some((name.clone(), values.mapv(Traced::constant))),
                 Tensor::Int(_) => None,
             });
-            Ok(forward(&floats.collect())?.mapv(Real::value))
+            Ok(forward(&floats.collect())?.y.mapv(Real::value))
         }))
     }
     fn merge(&self, case: &Case) -> Result<RoundTrip> {
@@ -150,7 +163,7 @@ impl Subject for Mistaken {
     fn is_input(&self, case: &Case, tensor: &str) -> Result<bool> {
         self.subject.is_input(case, tensor)
     }
-    fn formula(&self, formula: &Formula, case: &Case) -> Result<Option<DualForward>> {
+    fn formula(&self, formula: &Formula, case: &Case) -> Result<Option<TracedForward>> {
         self.subject.formula(formula, case)
     }
     fn is_gradient_of_the_loss(&self, case: &Case) -> Result<bool> {

@@ -15,6 +15,12 @@ pub(crate) struct Evaluated<R> {
     pub y: ArrayD<R>,
     /// One entry a norm; empty for LoRA.
     pub weight_norm: Vec<R>,
+    /// One entry a norm; empty for LoRA.
+    pub gain: Vec<R>,
+    /// V: `[units, fan_in]`
+    pub weighted: Array2<R>,
+    /// `g V`: `[units, fan_in]`
+    pub merged: Array2<R>,
 }
 
 /// The point where n is held and from which what is looked up moves, and the case's settings.
@@ -38,10 +44,16 @@ impl Formula {
         let Some(stages) = Stages::new(self, definition, anchor) else { return Ok(None) };
         let base = definition.operator.weight_matrix(definition.base.weight.view()).to_owned();
         let lora_a = as_matrix(&definition.adapter.lora_a).to_owned();
-        let weight_norm = stages.weight_norm(&base, &stages.delta(lora_a.view()), anchor.weight_norm.as_deref());
-        let gain = Array2::from_shape_fn(base.dim(), |at| stages.gain(&weight_norm, at));
-        let y = stages.output(&base, &lora_a, &gain, anchor)?;
-        Ok(y.map(|y| Evaluated { y, weight_norm }))
+        let delta = stages.delta(lora_a.view());
+        let weight_norm = stages.weight_norm(&base, &delta, anchor.weight_norm.as_deref());
+        let gains = Array2::from_shape_fn(base.dim(), |at| stages.gain(&weight_norm, at));
+        let Some(y) = stages.output(&base, &lora_a, &gains, anchor)? else { return Ok(None) };
+        let weighted = stages.weighted(&base, &delta);
+        let gain =
+            (0..weight_norm.len()).map(|i| gains[if stages.per_input { (0, i * stages.kernel) } else { (i, 0) }]);
+        let gain = gain.collect();
+        let merged = Array2::from_shape_fn(base.dim(), |at| gains[at] * weighted[at]);
+        Ok(Some(Evaluated { y, weight_norm, gain, weighted, merged }))
     }
 }
 
@@ -158,6 +170,14 @@ impl<'a, 'd, 'x, O: Operator, R: Real> Stages<'a, 'd, 'x, O, R> {
         unit.then(|| self.norm(base, Eps::Ignored))
     }
 
+    /// V. E9
+    fn weighted(&self, base: &Array2<R>, delta: &Array2<R>) -> Array2<R> {
+        let base_norm = self.base_norm(base);
+        Array2::from_shape_fn(base.dim(), |at| {
+            self.of_base(base[at], base_norm.as_ref().map(|norm| norm[self.index(at)])) + self.of_lora(delta[at])
+        })
+    }
+
     /// One norm a unit or column, with its epsilon. E10
     fn norm(&self, values: &Array2<R>, way: Eps) -> Vec<R> {
         let place = |i: usize| if self.formula.norm_per == NormPer::Whole { 0 } else { i };
@@ -198,20 +218,15 @@ impl<'a, 'd, 'x, O: Operator, R: Real> Stages<'a, 'd, 'x, O, R> {
             return vec![];
         }
         let (alpha, beta, s) = (self.alpha, self.beta, self.s);
-        let base_norm = self.base_norm(base);
-        let entry = |at: (usize, usize)| {
-            let (w, delta) = (base[at], delta[at]);
-            match self.formula.norm_of {
-                NormOf::Weighted => {
-                    self.of_base(w, base_norm.as_ref().map(|norm| norm[self.index(at)])) + self.of_lora(delta)
-                }
-                NormOf::Base => w,
-                NormOf::Delta => alpha * s * delta,
-                NormOf::WithoutScaling => beta * w + alpha * delta,
-                NormOf::WithoutAlphaBeta => w + s * delta,
-            }
+        let each = |entry: &dyn Fn(R, R) -> R| Array2::from_shape_fn(base.dim(), |at| entry(base[at], delta[at]));
+        let of = match self.formula.norm_of {
+            NormOf::Weighted => self.weighted(base, delta),
+            NormOf::Base => base.clone(),
+            NormOf::Delta => each(&|_, delta| alpha * s * delta),
+            NormOf::WithoutScaling => each(&|w, delta| beta * w + alpha * delta),
+            NormOf::WithoutAlphaBeta => each(&|w, delta| w + s * delta),
         };
-        let n = self.norm(&Array2::from_shape_fn(base.dim(), entry), self.formula.eps);
+        let n = self.norm(&of, self.formula.eps);
         let held = match self.formula.norm_gradient {
             Path::Setting => self.at.config.norm_gradient == NormGradient::Detached,
             Path::Held => true,
@@ -293,6 +308,19 @@ impl<'a, 'd, 'x, O: Operator, R: Real> Stages<'a, 'd, 'x, O, R> {
         let x: Option<Vec<R>> = self.at.x.as_ref().map(|x| x.iter().copied().collect());
         let mask: Option<Vec<R>> = self.at.mask.as_ref().map(|mask| mask.iter().copied().collect());
         let one = R::constant(1.0);
+        let weigh = |(w, delta): (&Array2<R>, &Array2<R>), at: (usize, usize), mask: R, embed_scale: f64| {
+            self.weights(Entry {
+                w: w[at],
+                delta: delta[at],
+                of_base: self.of_base(w[at], base_norm.as_ref().map(|norm| norm[self.index(at)])),
+                of_lora: self.of_lora(delta[at]),
+                gain: gain[at],
+                mask,
+                embed_scale: R::constant(embed_scale),
+            })
+        };
+        // Without a mask an element of the weight is the same wherever it is met.
+        let mut met = Array2::from_elem(base.dim(), None);
         let mut y = vec![R::constant(0.0); shape.iter().product()];
         for (through_lora, walk) in [(false, &base_walk), (true, &lora_walk)] {
             let last = last_of(self.formula.overwritten, walk, input, outputs_of_unit);
@@ -302,21 +330,22 @@ impl<'a, 'd, 'x, O: Operator, R: Real> Stages<'a, 'd, 'x, O, R> {
                 visited += 1;
                 let at = (t.unit, columns[t.column]);
                 let looked_up = self.formula.overwritten != Overwritten::Ids || counts;
-                let (w, delta) = if looked_up { &moving } else { &still };
-                let (w, delta) = (w[at], delta[at]);
-                let embed_scale = R::constant(t.factor);
-                let (on_base, on_lora) = self.weights(Entry {
-                    w,
-                    delta,
-                    of_base: self.of_base(w, base_norm.as_ref().map(|norm| norm[self.index(at)])),
-                    of_lora: self.of_lora(delta),
-                    gain: gain[at],
-                    mask: mask.as_ref().zip(t.input).map_or(one, |(mask, input)| mask[input]),
-                    embed_scale,
-                });
-                let x = t.input.zip(x.as_ref()).map_or(one, |(input, x)| x[input]);
-                let x = if self.formula.overwritten != Overwritten::Inputs || counts { x } else { x.damped(0.0) };
-                y[t.output] = y[t.output] + if through_lora { on_lora } else { on_base } * x * embed_scale;
+                let (on_base, on_lora) = match mask.as_ref().zip(t.input) {
+                    Some((mask, input)) => weigh((&moving.0, &moving.1), at, mask[input], t.factor),
+                    None if looked_up => {
+                        *met[at].get_or_insert_with(|| weigh((&moving.0, &moving.1), at, one, t.factor))
+                    }
+                    None => weigh((&still.0, &still.1), at, one, t.factor),
+                };
+                let mut term = if through_lora { on_lora } else { on_base };
+                if let Some((input, x)) = t.input.zip(x.as_ref()) {
+                    let counts = self.formula.overwritten != Overwritten::Inputs || counts;
+                    term = term * if counts { x[input] } else { x[input].damped(0.0) };
+                }
+                if t.factor != 1.0 {
+                    term = term * R::constant(t.factor);
+                }
+                y[t.output] = y[t.output] + term;
             });
         }
         if let Some(bias) = &self.at.base.bias {

@@ -57,6 +57,38 @@ pub const RIGHT: Formula = Formula {
     overwritten: Overwritten::Nothing,
 };
 
+impl Formula {
+    /// Both ways of getting it wrong at once; `None` where they want different things of one stage.
+    pub fn and(self, other: &Self) -> Option<Self> {
+        fn one<W: Copy + PartialEq>(a: W, b: W, right: W) -> Option<W> {
+            if a == right || a == b {
+                Some(b)
+            } else if b == right {
+                Some(a)
+            } else {
+                None
+            }
+        }
+        Some(Self {
+            scaling: one(self.scaling, other.scaling, RIGHT.scaling)?,
+            alpha: one(self.alpha, other.alpha, RIGHT.alpha)?,
+            beta: one(self.beta, other.beta, RIGHT.beta)?,
+            delta: one(self.delta, other.delta, RIGHT.delta)?,
+            weighted: one(self.weighted, other.weighted, RIGHT.weighted)?,
+            norm_of: one(self.norm_of, other.norm_of, RIGHT.norm_of)?,
+            norm: one(self.norm, other.norm, RIGHT.norm)?,
+            norm_per: one(self.norm_per, other.norm_per, RIGHT.norm_per)?,
+            eps: one(self.eps, other.eps, RIGHT.eps)?,
+            gain: one(self.gain, other.gain, RIGHT.gain)?,
+            norm_gradient: one(self.norm_gradient, other.norm_gradient, RIGHT.norm_gradient)?,
+            output: one(self.output, other.output, RIGHT.output)?,
+            bias: one(self.bias, other.bias, RIGHT.bias)?,
+            walk: one(self.walk, other.walk, RIGHT.walk)?,
+            overwritten: one(self.overwritten, other.overwritten, RIGHT.overwritten)?,
+        })
+    }
+}
+
 /// s.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scaling {

@@ -1,63 +1,95 @@
-//! The gradients of a formula, by dual numbers, and the ways in which right ones are spoilt.
+//! What a formula comes to in a case, and the ways in which right gradients are spoilt.
 
 use super::Parameter::{Alpha, Beta, Bias, LoraA, LoraB, Magnitude, Weight};
-use super::{Evaluate, Formula, Parameter, Path, RIGHT};
+use super::{Formula, FormulaResults, Parameter, Path, RIGHT, TracedForward};
 use crate::case::{Case, Tensor, Tensors};
-use crate::{Dual, DualTensors, Real, Result};
+use crate::traced::{TracedTensors, gradient};
+use crate::{Real, Result};
 use ndarray::ArrayD;
+use std::cell::RefCell;
+use std::rc::Rc;
 
-/// The gradient of `<dy, y>` of a formula with respect to one tensor, an element at a time on dual numbers.
-pub(super) fn gradient(
-    formula: &Formula,
-    case: &Case,
-    name: &str,
-    evaluate: Evaluate<'_>,
-) -> Result<Option<ArrayD<f64>>> {
-    let Some(Tensor::Float(values)) = case.tensors.get(name) else { return Ok(None) };
-    let Some(forward) = evaluate(formula, case)? else { return Ok(None) };
-    let cotangent = case.values("grad.y")?;
-    let mut inputs = DualTensors::from([(name.to_string(), values.mapv(Dual::constant))]);
-    let mut gradient = ArrayD::zeros(values.raw_dim());
-    for (element, derivative) in gradient.iter_mut().enumerate() {
-        let moving = |inputs: &mut DualTensors, speed: f64| {
-            let values = inputs.get_mut(name).expect("the tensor").as_slice_mut().expect("standard layout");
-            values[element].eps = speed;
-        };
-        moving(&mut inputs, 1.0);
-        let y = forward(&inputs)?;
-        moving(&mut inputs, 0.0);
-        *derivative = y.iter().zip(cotangent).map(|(y, dy)| y.eps * dy).sum();
-    }
-    Ok(Some(gradient))
-}
-
-/// The gradients of a mistake's forward in a case, to be changed.
-pub struct Gradients<'a> {
-    /// The case.
+/// A case in which mistakes are made, and what formulas come to in it.
+pub(crate) struct Spoiling<'a> {
     pub case: &'a Case,
     /// What A and B are called.
-    pub(super) lora: [&'static str; 2],
-    /// The definition's `weight_norm`, where there is one.
-    pub(super) weight_norm: Option<&'a ArrayD<f64>>,
-    pub(super) evaluate: Evaluate<'a>,
+    pub lora: [&'static str; 2],
+    /// The definition's results.
+    pub right: &'a Tensors,
+    /// A formula at a case; `None` where it asks for other shapes.
+    pub formula: &'a dyn Fn(&Formula, &Case) -> Result<Option<TracedForward>>,
+    /// What has been evaluated in the case.
+    pub known: RefCell<Vec<(Formula, Option<Rc<Tensors>>)>>,
+}
+
+impl Spoiling<'_> {
+    /// y, the stages of the weight, and the gradients of `<dy, y>` of a formula.
+    pub fn evaluate(&self, formula: &Formula) -> Result<Option<Rc<Tensors>>> {
+        let known = self.known.borrow().iter().find(|(other, _)| other == formula).map(|(_, results)| results.clone());
+        if let Some(results) = known {
+            return Ok(results);
+        }
+        let results = self.at(formula, self.case)?.map(Rc::new);
+        self.known.borrow_mut().push((*formula, results.clone()));
+        Ok(results)
+    }
+
+    /// y alone.
+    pub fn value(&self, formula: &Formula) -> Result<Option<ArrayD<f64>>> {
+        let known = self.known.borrow().iter().find(|(other, _)| other == formula).map(|(_, results)| results.clone());
+        if let Some(results) = known {
+            return Ok(results.map(|results| results["y"].clone()));
+        }
+        let Some(forward) = (self.formula)(formula, self.case)? else { return Ok(None) };
+        Ok(Some(forward(&TracedTensors::new())?.y.mapv(Real::value)))
+    }
+
+    /// The same in another case.
+    fn at(&self, formula: &Formula, case: &Case) -> Result<Option<Tensors>> {
+        let Some(forward) = (self.formula)(formula, case)? else { return Ok(None) };
+        let differentiated = case.tensors.iter().filter_map(|(name, tensor)| match tensor {
+            Tensor::Float(values) if self.right.contains_key(&format!("grad.{name}")) => {
+                Some((name.clone(), values.clone()))
+            }
+            _ => None,
+        });
+        let mut results = Tensors::new();
+        let cotangent = match case.optional("grad.y")? {
+            Some(cotangent) => cotangent.clone(),
+            None => ArrayD::zeros(vec![0]),
+        };
+        let (y, gradients) = gradient(&differentiated.collect(), &cotangent, |inputs| {
+            let FormulaResults { y, stages } = forward(inputs)?;
+            results.extend(stages.into_iter().map(|(name, stage)| (name.to_string(), stage.mapv(Real::value))));
+            Ok(y)
+        })?;
+        results.insert("y".into(), y);
+        results.extend(gradients.into_iter().map(|(name, gradient)| (format!("grad.{name}"), gradient)));
+        Ok(Some(results))
+    }
+}
+
+/// The results of mistakes, to be changed.
+pub struct Gradients<'a> {
+    pub(super) spoiling: &'a Spoiling<'a>,
     pub(super) gradients: Tensors,
 }
 
 impl Gradients<'_> {
     /// The gradient with respect to this tensor, where there is one.
     fn get(&mut self, parameter: Parameter) -> Option<&mut ArrayD<f64>> {
-        self.gradients.get_mut(&format!("grad.{}", parameter.name(self.lora)))
+        self.gradients.get_mut(&format!("grad.{}", parameter.name(self.spoiling.lora)))
     }
 
     /// A scalar parameter's value; 1 where it is not learned.
     pub(super) fn scalar(&self, parameter: Parameter) -> f64 {
-        let value = self.case.values(parameter.name(self.lora)).ok();
+        let value = self.spoiling.case.values(parameter.name(self.spoiling.lora)).ok();
         value.and_then(|value| value.first().copied()).unwrap_or(1.0)
     }
 
     /// s.
     pub(super) fn scaling(&self) -> f64 {
-        self.case.settings.get("scaling").and_then(serde_json::Value::as_f64).unwrap_or(1.0)
+        self.spoiling.case.settings.get("scaling").and_then(serde_json::Value::as_f64).unwrap_or(1.0)
     }
 
     /// Multiplies gradients by a number.
@@ -75,18 +107,11 @@ impl Gradients<'_> {
         self.scale(parameters, if factor == 0.0 { 1.0 } else { 1.0 / factor })
     }
 
-    /// The gradient of another function, or of the same in another case.
-    fn of(&self, formula: &Formula, case: &Case, parameter: Parameter) -> Result<Option<ArrayD<f64>>> {
-        let name = parameter.name(self.lora);
-        match self.gradients.contains_key(&format!("grad.{name}")) {
-            true => gradient(formula, case, name, self.evaluate),
-            false => Ok(None),
-        }
-    }
     /// Multiplies every element of dm by a function of m and n.
     pub(super) fn scale_magnitude(&mut self, factor: impl Fn(f64, f64) -> f64) -> Result<()> {
-        let m = self.case.values(Magnitude.name(self.lora)).ok().cloned();
-        if let (Some(m), Some(n), Some(gradient)) = (m, self.weight_norm, self.get(Magnitude)) {
+        let m = self.spoiling.case.values(Magnitude.name(self.spoiling.lora)).ok().cloned();
+        let n = self.spoiling.right.get("weight_norm");
+        if let (Some(m), Some(n), Some(gradient)) = (m, n, self.get(Magnitude)) {
             gradient.iter_mut().zip(&m).zip(n).for_each(|((dm, &m), &n)| *dm *= factor(m, n));
         }
         Ok(())
@@ -94,31 +119,29 @@ impl Gradients<'_> {
 
     /// Multiplies the path through the norm, which is all that differs between the two gradients.
     pub(super) fn scale_norm_path(&mut self, factor: f64) -> Result<()> {
-        for parameter in Parameter::ALL {
-            let held = self.of(&Formula { norm_gradient: Path::Held, ..RIGHT }, self.case, parameter)?;
-            if let (Some(held), Some(gradient)) = (held, self.get(parameter)) {
-                gradient.zip_mut_with(&held, |full, &held| *full = held + factor * (*full - held));
-            }
+        let Some(held) = self.spoiling.evaluate(&Formula { norm_gradient: Path::Held, ..RIGHT })? else {
+            return Ok(());
+        };
+        for (name, gradient) in self.gradients.iter_mut().filter(|(name, _)| name.starts_with("grad.")) {
+            gradient.zip_mut_with(&held[name], |full, &held| *full = held + factor * (*full - held));
         }
         Ok(())
     }
 
     /// Divides the gradients of parameters by the first dimension of x.
     pub(super) fn average(&mut self) -> Result<()> {
-        let first = self.case.tensors["x"].shape().first().copied().unwrap_or(1);
+        let first = self.spoiling.case.tensors["x"].shape().first().copied().unwrap_or(1);
         self.scale(&[Weight, Bias, LoraA, LoraB, Magnitude, Alpha, Beta], 1.0 / first as f64)
     }
 
     /// Takes the gradients of the sum of y.
     pub(super) fn ignore_cotangent(&mut self) -> Result<()> {
-        let mut ones = self.case.clone();
+        let mut ones = self.spoiling.case.clone();
         if let Some(Tensor::Float(dy)) = ones.tensors.get_mut("grad.y") {
             dy.fill(1.0);
         }
-        for parameter in Parameter::ALL {
-            if let (Some(other), Some(gradient)) = (self.of(&RIGHT, &ones, parameter)?, self.get(parameter)) {
-                gradient.assign(&other);
-            }
+        if let Some(others) = self.spoiling.at(&RIGHT, &ones)? {
+            self.gradients.extend(others.into_iter().filter(|(name, _)| name.starts_with("grad.")));
         }
         Ok(())
     }

@@ -23,10 +23,13 @@ pub use formula::{
     Weighted,
 };
 pub use gradients::Gradients;
+pub(crate) use gradients::Spoiling;
 
-use crate::case::{Case, Tensors};
-use crate::{DualForward, DualTensors, Error, Real, Result};
-use gradients::gradient;
+use crate::case::Tensors;
+use crate::traced::{Traced, TracedTensors};
+use crate::{Error, Result};
+use ndarray::ArrayD;
+use std::collections::BTreeMap;
 
 /// A way to get the layer wrong.
 pub struct Mistake {
@@ -99,8 +102,16 @@ impl Parameter {
     }
 }
 
-/// A formula at a case; `None` where the mistake cannot be made.
-pub(crate) type Evaluate<'a> = &'a dyn Fn(&Formula, &Case) -> Result<Option<DualForward>>;
+/// A formula at a case, as a function of traced numbers that take the place of the case's tensors.
+pub type TracedForward = Box<dyn Fn(&TracedTensors) -> Result<FormulaResults<Traced>> + Send + Sync>;
+
+/// What a formula computes.
+pub struct FormulaResults<R> {
+    /// The output.
+    pub y: ArrayD<R>,
+    /// `weighted`, `weight_norm`, `gain` and `merged_weight`, as in a case file.
+    pub stages: BTreeMap<&'static str, ArrayD<R>>,
+}
 
 /// The mistake of this id.
 ///
@@ -125,41 +136,41 @@ impl Mistake {
     pub fn is_in_backward(&self) -> bool {
         !matches!(self.backward, Backward::OfForward)
     }
+}
 
-    /// y and the gradients of someone who makes this mistake; `None` where it cannot be made. `right` holds the
-    /// definition's results.
-    pub(crate) fn evaluate(
-        &self,
-        case: &Case,
-        lora: [&'static str; 2],
-        right: &Tensors,
-        evaluate: Evaluate<'_>,
-    ) -> Result<Option<Tensors>> {
-        let Some(forward) = evaluate(&self.forward, case)? else { return Ok(None) };
-        let y = forward(&DualTensors::new())?;
-        let mut gradients = Tensors::new();
-        for parameter in Parameter::ALL {
-            let name = parameter.name(lora);
-            let key = format!("grad.{name}");
-            if !right.contains_key(&key) {
-                continue;
-            }
-            let function = match &self.backward {
-                Backward::Of(other, parameters) if parameters.contains(&parameter) => other,
-                _ => &self.forward,
-            };
-            let Some(mut gradient) = gradient(function, case, name, evaluate)? else { return Ok(None) };
-            if matches!(&self.backward, Backward::Zero(parameters) if parameters.contains(&parameter)) {
-                gradient.fill(0.0);
-            }
-            gradients.insert(key, gradient);
+/// The results of someone who makes these mistakes, all at once; `None` where they cannot be made, or not together.
+/// `right` holds the definition's results.
+pub(crate) fn results(mistakes: &[&Mistake], spoiling: &Spoiling<'_>) -> Result<Option<Tensors>> {
+    let together = |formulas: &[&Formula]| formulas.iter().try_fold(RIGHT, |all, formula| all.and(formula));
+    let forwards: Vec<&Formula> = mistakes.iter().map(|mistake| &mistake.forward).collect();
+    let Some(forward) = together(&forwards) else { return Ok(None) };
+    let Some(evaluated) = spoiling.evaluate(&forward)? else { return Ok(None) };
+    let mut results = (*evaluated).clone();
+    for parameter in Parameter::ALL {
+        let key = format!("grad.{}", parameter.name(spoiling.lora));
+        if !results.contains_key(&key) {
+            continue;
         }
-        if let Backward::Changed(change) = self.backward {
-            let mut changed = Gradients { case, lora, weight_norm: right.get("weight_norm"), evaluate, gradients };
-            change(&mut changed)?;
-            gradients = changed.gradients;
+        let others = mistakes.iter().filter_map(|mistake| match &mistake.backward {
+            Backward::Of(other, parameters) if parameters.contains(&parameter) => Some(other),
+            _ => None,
+        });
+        let others: Vec<&Formula> = others.collect();
+        if !others.is_empty() {
+            let Some(function) = together(&[others, vec![&forward]].concat()) else { return Ok(None) };
+            let Some(evaluated) = spoiling.evaluate(&function)? else { return Ok(None) };
+            results.insert(key.clone(), evaluated[&key].clone());
         }
-        gradients.insert("y".into(), y.mapv(Real::value));
-        Ok(Some(gradients))
+        let zero = |mistake: &&Mistake| matches!(&mistake.backward, Backward::Zero(list) if list.contains(&parameter));
+        if mistakes.iter().any(zero) {
+            results.insert(key.clone(), ArrayD::zeros(results[&key].raw_dim()));
+        }
     }
+    let mut gradients = Gradients { spoiling, gradients: results };
+    for mistake in mistakes {
+        if let Backward::Changed(change) = mistake.backward {
+            change(&mut gradients)?;
+        }
+    }
+    Ok(Some(gradients.gradients))
 }

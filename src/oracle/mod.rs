@@ -2,7 +2,9 @@
 //! crate's.
 
 pub mod case_file;
+pub mod diagnose;
 mod dtype;
+mod facts;
 pub mod verify;
 
 pub use case_file::CaseFile;

@@ -1,0 +1,247 @@
+//! What somebody did wrong: the case computed once more under every known mistake, and the one that explains the
+//! numbers. SPEC.md, section 8.6.
+//!
+//! ```
+//! use woracle::{case::Tensor, mistakes::mistake, registry};
+//! use woracle::oracle::{CaseFile, Dtype, diagnose::diagnose};
+//! let linear = registry::layer("linear")?;
+//! let mut case = linear.draw(&linear.specs()[0], 0);
+//! let theirs = registry::mistaken(linear, &[mistake("bias-scaled")?], &case)?.expect("it can be made");
+//! case.tensors.extend(theirs.into_iter().map(|(name, values)| (name, Tensor::Float(values))));
+//! let diagnosis = diagnose(&CaseFile::new(case, Dtype::F64))?;
+//! assert_eq!(diagnosis.candidates[0].ids, ["bias-scaled"]);
+//! # Ok::<(), woracle::Error>(())
+//! ```
+
+use super::facts::facts;
+use super::verify::{Expected, Tolerance, Verdict, expected, first_diverging};
+use super::{CaseFile, Dtype};
+use crate::Result;
+use crate::case::{Tensor, Tensors};
+use crate::mistakes::{MISTAKES, Mistake, RIGHT, Spoiling, results};
+use crate::registry::{self, with_mistakes};
+use ndarray::ArrayD;
+use serde::Serialize;
+
+/// Cases whose forward adds up more products than this are not recomputed under every mistake.
+pub const SMALL: usize = 1 << 20;
+/// Nor, above this, under pairs of mistakes.
+const SMALL_FOR_PAIRS: usize = 1 << 16;
+/// A mistake has explained something where it leaves less than this part of the error over its bound.
+const EXPLAINS: f64 = 1.0 / 32.0;
+/// How many times the bound of the right result a wrong one's may be, for its own size.
+const ALLOWANCE: f64 = 4.0;
+/// At most so many candidates are told, those that tie with the first apart.
+const TOLD: usize = 5;
+
+/// A mistake, or two at once, that explain a case.
+#[derive(Clone, Debug, Serialize)]
+pub struct Candidate {
+    /// The ids joined by " + ".
+    pub id: String,
+    /// The ids in the bank.
+    pub ids: Vec<&'static str>,
+    /// What goes wrong, a sentence each.
+    pub title: String,
+    /// Where it was seen.
+    pub seen: String,
+    /// The section of SPEC.md that has it right.
+    pub section: &'static str,
+    /// The largest error over its bound under this mistake; 0 where every element lies within its bound.
+    pub residual: f64,
+    /// The next candidate's error over this one's, both in root mean squares of bounds: how far behind it is. 1 for
+    /// two that cannot be told apart; absent where there is no other.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub runner_up_ratio: Option<f64>,
+    /// The root mean square of errors over bounds, which tells apart what the bounds do not.
+    #[serde(skip)]
+    misfit: f64,
+}
+
+/// What can be said of a case that fails.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Diagnosis {
+    /// The intermediate or result that is wrong first.
+    pub first_diverging: Option<String>,
+    /// What explains it, best first; empty where nothing does.
+    pub candidates: Vec<Candidate>,
+    /// What is remarkable about the numbers, a line each.
+    pub facts: Vec<String>,
+}
+
+/// Diagnoses a case; empty where it passes.
+///
+/// # Errors
+///
+/// As [`verify`](super::verify::verify).
+pub fn diagnose(file: &CaseFile) -> Result<Diagnosis> {
+    let expected = expected(file, Tolerance::default())?;
+    let tensors = expected.judge(file);
+    if tensors.iter().all(|tensor| tensor.verdict == Verdict::Pass) {
+        return Ok(Diagnosis::default());
+    }
+    let subject = registry::layer(&file.case.layer)?;
+    let first_diverging = first_diverging(&tensors).map(Into::into);
+    let terms = subject.terms(&file.case)?;
+    let mut facts = facts(file, &expected, &tensors);
+    if terms > SMALL {
+        facts.push(format!("too large to be computed under every mistake: {terms} products, and the limit is {SMALL}"));
+        return Ok(Diagnosis { first_diverging, candidates: vec![], facts });
+    }
+    let candidates = with_mistakes(subject, &file.case, |spoiling| {
+        let evidence = Evidence::new(file, &expected);
+        let mut candidates = singles(&evidence, spoiling)?;
+        if candidates.first().is_none_or(|best| best.residual > 0.0) && terms <= SMALL_FOR_PAIRS {
+            candidates.extend(pairs(&evidence, spoiling)?);
+        }
+        Ok(ranked(candidates))
+    })?;
+    Ok(Diagnosis { first_diverging, candidates, facts })
+}
+
+/// Somebody's answers, and how far off each may be.
+struct Evidence<'a> {
+    answers: Vec<(&'a str, &'a ArrayD<f64>, &'a ArrayD<f64>)>,
+    right: &'a Tensors,
+    /// The largest error over its bound where nothing is wrong.
+    unexplained: f64,
+}
+
+impl<'a> Evidence<'a> {
+    fn new(file: &'a CaseFile, expected: &'a Expected) -> Self {
+        let answers = expected.bounds.iter().filter_map(|(name, bound)| match &file.case.tensors[name] {
+            Tensor::Float(actual) => Some((name.as_str(), actual, bound)),
+            Tensor::Int(_) => None,
+        });
+        let mut evidence = Self { answers: answers.collect(), right: &expected.witnesses[0], unexplained: 0.0 };
+        evidence.unexplained = evidence.weigh(evidence.right, |_| true).0;
+        evidence
+    }
+
+    /// The largest error over its bound and the root mean square, if these are somebody's results. Somebody may have
+    /// recorded right intermediates beside a wrong y, so those speak for a mistake or not at all.
+    fn weigh(&self, theirs: &Tensors, counts: impl Fn(&str) -> bool) -> (f64, f64) {
+        let (mut most, mut squares, mut count) = (0.0_f64, 0.0, 0);
+        for &(name, actual, bound) in self.answers.iter().filter(|(name, ..)| counts(name)) {
+            let Some(wrong) = theirs.get(name).filter(|wrong| wrong.shape() == actual.shape()) else { continue };
+            let mut of = errors(actual, wrong, &self.right[name], bound);
+            if !(name == "y" || name.starts_with("grad.")) {
+                let right = errors(actual, &self.right[name], &self.right[name], bound);
+                if right.0 < of.0 {
+                    of = right;
+                }
+            }
+            most = most.max(of.0);
+            squares += of.1;
+            count += actual.len();
+        }
+        (if most > 1.0 { most } else { 0.0 }, (squares / f64::from(count.max(1) as u32)).sqrt())
+    }
+}
+
+/// The largest error over its bound, and the sum of squares, of answers that should be `wrong`. Its bound is that of the
+/// right result, as much wider as the wrong one is larger.
+fn errors(actual: &ArrayD<f64>, wrong: &ArrayD<f64>, right: &ArrayD<f64>, bound: &ArrayD<f64>) -> (f64, f64) {
+    let size = |values: &ArrayD<f64>| {
+        let finite = values.iter().filter(|value| value.is_finite());
+        (finite.map(|value| value * value).sum::<f64>() / values.len().max(1) as f64).sqrt()
+    };
+    let (larger, typical) = (ALLOWANCE * (size(wrong) / size(right)).max(1.0), size(bound));
+    let larger = if larger.is_nan() { ALLOWANCE } else { larger };
+    let (mut most, mut squares) = (0.0_f64, 0.0);
+    for ((&actual, &wrong), &bound) in actual.iter().zip(wrong).zip(bound) {
+        let same = actual == wrong || (actual.is_nan() && wrong.is_nan());
+        let over = if same { 0.0 } else { (actual - wrong).abs() / (larger * bound.max(typical)) };
+        let over = if over.is_nan() { f64::MAX } else { over };
+        most = most.max(over);
+        squares += over.min(1e150).powi(2);
+    }
+    (most, squares)
+}
+
+/// Every mistake that can be made in this case, weighed.
+fn singles(evidence: &Evidence<'_>, spoiling: &Spoiling<'_>) -> Result<Vec<Candidate>> {
+    let mut candidates = vec![];
+    for mistake in known(spoiling) {
+        candidates.extend(candidate(&[mistake], evidence, spoiling)?);
+    }
+    Ok(ranked(candidates))
+}
+
+/// Two mistakes at once. Where y is one of the answers, only those are computed in full that explain it.
+fn pairs(evidence: &Evidence<'_>, spoiling: &Spoiling<'_>) -> Result<Vec<Candidate>> {
+    let known: Vec<&Mistake> = known(spoiling).collect();
+    let mut candidates = vec![];
+    for (at, &one) in known.iter().enumerate() {
+        for &other in &known[at + 1..] {
+            let Some(forward) = one.forward.and(&other.forward) else { continue };
+            let both_forward = one.forward != RIGHT && other.forward != RIGHT;
+            let y = match (both_forward, spoiling.value(&forward)?) {
+                (_, None) => continue,
+                (_, Some(y)) => evidence.weigh(&Tensors::from([("y".into(), y)]), |name| name == "y").0,
+            };
+            if y < EXPLAINS * evidence.unexplained || y == 0.0 {
+                candidates.extend(candidate(&[one, other], evidence, spoiling)?);
+            }
+        }
+    }
+    Ok(candidates)
+}
+
+fn known<'a>(spoiling: &'a Spoiling<'_>) -> impl Iterator<Item = &'static Mistake> + 'a {
+    MISTAKES.iter().filter(|mistake| mistake.layers.contains(&spoiling.case.layer.as_str()))
+}
+
+/// How well these mistakes explain a case; `None` where they hardly do, or change nothing.
+fn candidate(
+    mistakes: &[&'static Mistake],
+    evidence: &Evidence<'_>,
+    spoiling: &Spoiling<'_>,
+) -> Result<Option<Candidate>> {
+    let Some(theirs) = results(mistakes, spoiling)? else { return Ok(None) };
+    let (residual, misfit) = evidence.weigh(&theirs, |_| true);
+    if residual > EXPLAINS * evidence.unexplained {
+        return Ok(None);
+    }
+    let join = |of: fn(&Mistake) -> &'static str, between: &str| {
+        mistakes.iter().map(|mistake| of(mistake)).collect::<Vec<_>>().join(between)
+    };
+    Ok(Some(Candidate {
+        id: join(|mistake| mistake.id, " + "),
+        ids: mistakes.iter().map(|mistake| mistake.id).collect(),
+        title: join(|mistake| mistake.wrong, " "),
+        seen: join(|mistake| mistake.seen, "; "),
+        section: mistakes[0].section,
+        residual,
+        runner_up_ratio: None,
+        misfit,
+    }))
+}
+
+/// Best first: by residual, then by how few mistakes they are, then by the finer measure.
+fn ranked(mut candidates: Vec<Candidate>) -> Vec<Candidate> {
+    let rank = |one: &Candidate| (one.residual, one.ids.len(), one.misfit);
+    candidates.sort_by(|one, other| rank(one).partial_cmp(&rank(other)).expect("numbers"));
+    if let Some(best) = candidates.first().map(|best| (best.residual, best.ids.len())) {
+        let ties = candidates.iter().take_while(|one| (one.residual, one.ids.len()) == best).count();
+        candidates.truncate(ties.max(TOLD));
+        candidates.retain(|one| one.ids.len() <= best.1.max(1) || one.residual < best.0 || best.1 > 1);
+    }
+    for at in 0..candidates.len() {
+        let ratio = candidates
+            .get(at + 1)
+            .map(|next| next.misfit.max(f64::MIN_POSITIVE) / candidates[at].misfit.max(f64::MIN_POSITIVE));
+        candidates[at].runner_up_ratio = ratio.map(|ratio| ratio.min(f64::MAX));
+    }
+    candidates
+}
+
+/// The type that would accept a case whose answers pass for none of the mistakes, where it is a narrower one than they
+/// are stored in.
+pub(super) fn narrower(dtype: Dtype) -> &'static [Dtype] {
+    match dtype {
+        Dtype::F64 => &[Dtype::F32, Dtype::F16, Dtype::Bf16],
+        Dtype::F32 => &[Dtype::F16, Dtype::Bf16],
+        Dtype::Bf16 | Dtype::F16 => &[],
+    }
+}
