@@ -3,6 +3,7 @@
 
 mod check;
 mod escape;
+mod golden;
 mod mistakes;
 mod verify;
 
@@ -23,6 +24,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Check(check::Args),
+    Golden(golden::Args),
     Verify(verify::Args),
 }
 
@@ -41,6 +43,7 @@ enum Outcome {
 pub fn run() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Check(args) => check::run(args),
+        Command::Golden(args) => golden::run(args),
         Command::Verify(args) => verify::run(args),
     };
     match done {

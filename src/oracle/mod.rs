@@ -5,6 +5,7 @@ pub mod case_file;
 pub mod diagnose;
 mod dtype;
 mod facts;
+pub mod golden;
 pub mod verify;
 
 pub use case_file::CaseFile;

@@ -1,0 +1,74 @@
+//! `wora golden OUT_DIR [FILTER]`: case files for others, and the manifest of what is in them.
+
+use super::{Outcome, print, progress};
+use rayon::prelude::*;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use woracle::oracle::Dtype;
+use woracle::oracle::golden::{Entry, Manifest, Options, cases};
+use woracle::{Error, Result};
+
+/// Write case files for another implementation to be checked by, and a manifest of them.
+#[derive(clap::Args)]
+pub struct Args {
+    /// The directory to write to; made where there is none
+    out_dir: PathBuf,
+    /// Only the case of this name, or the cases whose names contain this
+    filter: Option<String>,
+    /// The type of every floating-point tensor
+    #[arg(long, value_parser = dtype, default_value = "f64")]
+    dtype: Dtype,
+    /// The seed of the cases' numbers
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Write the inputs alone, for a blind test
+    #[arg(long)]
+    without_answers: bool,
+    /// Print the manifest
+    #[arg(long)]
+    json: bool,
+}
+
+fn dtype(text: &str) -> std::result::Result<Dtype, String> {
+    Dtype::ALL
+        .into_iter()
+        .find(|dtype| dtype.to_string() == text)
+        .ok_or_else(|| "expected f64, f32, bf16 or f16".into())
+}
+
+pub fn run(args: Args) -> Result<Outcome> {
+    let options = Options { dtype: args.dtype, seed: args.seed, answers: !args.without_answers };
+    let chosen = cases(args.filter.as_deref().unwrap_or(""), options)?;
+    let bar = progress(chosen.len());
+    std::fs::create_dir_all(&args.out_dir).map_err(|error| failed(&args.out_dir, &error))?;
+    let one = |case: Result<(Entry, Vec<u8>)>| {
+        let (entry, bytes) = case?;
+        write(&args.out_dir.join(&entry.file), &bytes)?;
+        bar.set_message(entry.file.clone());
+        bar.inc(1);
+        Ok(entry)
+    };
+    let mut entries: Vec<Entry> = chosen.par_bridge().map(one).collect::<Result<_>>()?;
+    entries.sort_by(|one, other| one.file.cmp(&other.file));
+    bar.finish_and_clear();
+    let manifest = Manifest::new(options, entries);
+    write(&args.out_dir.join("manifest.json"), manifest.to_json().as_bytes())?;
+    let count = manifest.cases.len();
+    print(&if args.json {
+        manifest.to_json().trim_end().to_string()
+    } else {
+        format!("{count} case files and manifest.json in {}", args.out_dir.display())
+    })?;
+    Ok(Outcome::Good)
+}
+
+/// Writes a file to the side and puts it in its place: never half of one.
+fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let aside = path.with_extension("partial");
+    let whole = std::fs::File::create(&aside).and_then(|mut file| file.write_all(bytes));
+    whole.and_then(|()| std::fs::rename(&aside, path)).map_err(|error| failed(path, &error))
+}
+
+fn failed(path: &Path, error: &std::io::Error) -> Error {
+    Error::File { path: path.into(), message: error.to_string() }
+}

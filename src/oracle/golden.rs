@@ -1,0 +1,186 @@
+//! Case files for others to check themselves by, and the manifest that says what is in each. SPEC.md, section 11.
+//!
+//! Answers come from the definition alone, in f64 and in a fixed order, rounded once at the end: the same seed gives the
+//! same bytes on every machine.
+//!
+//! ```
+//! use woracle::oracle::golden::{Options, cases};
+//! let (entry, bytes) = cases("linear-plain", Options::default())?.next().expect("a case")?;
+//! assert_eq!(entry.file, "linear-plain.safetensors");
+//! assert!(entry.catches.iter().any(|id| *id == "bias-scaled"));
+//! # let _ = bytes;
+//! # Ok::<(), woracle::Error>(())
+//! ```
+
+use super::case_file::FORMAT;
+use super::verify::{SLACK, Tolerance, expected};
+use super::{CaseFile, Dtype};
+use crate::case::{Case, Tensor};
+use crate::cases::{Spec, Twist};
+use crate::mistakes::{MISTAKES, results};
+use crate::registry::{LAYERS, Subject, with_mistakes};
+use crate::{Error, Result};
+use serde::Serialize;
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+/// What is written.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Options {
+    /// The type of every floating-point tensor.
+    pub dtype: Dtype,
+    /// The seed of the cases' numbers.
+    pub seed: u64,
+    /// Whether the answers are written beside the inputs; without, it is a blind test.
+    pub answers: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { dtype: Dtype::F64, seed: 0, answers: true }
+    }
+}
+
+/// What a directory of case files holds: `manifest.json`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Manifest {
+    /// The version of the case files and of this.
+    pub format: u64,
+    /// What wrote it.
+    pub generator: String,
+    /// The version of what wrote it.
+    pub generator_version: String,
+    /// The seed of the cases' numbers.
+    pub seed: u64,
+    /// The type of every floating-point tensor.
+    pub dtype: Dtype,
+    /// Whether the files hold answers.
+    pub answers: bool,
+    /// One entry a file.
+    pub cases: Vec<Entry>,
+}
+
+/// One case file.
+#[derive(Clone, Debug, Serialize)]
+pub struct Entry {
+    /// The file's name.
+    pub file: String,
+    /// The SHA-256 of its bytes, in hexadecimal digits.
+    pub sha256: String,
+    /// The layer.
+    pub layer: &'static str,
+    /// The settings in its metadata.
+    pub settings: Map<String, Value>,
+    /// Why the case exists: what sets it apart.
+    pub why: String,
+    /// The ids of the mistakes that `wora verify` rejects in it.
+    pub catches: Vec<&'static str>,
+    /// How an answer is judged.
+    pub tolerance: Judged,
+}
+
+/// How an answer is judged.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "tier", rename_all = "lowercase")]
+pub enum Judged {
+    /// As a number, bit for bit.
+    Exact,
+    /// `slack (u + 2^-53) epsilon`, with the epsilon of SPEC.md, section 8.5.
+    Rounded {
+        /// The slack.
+        slack: f64,
+        /// u.
+        unit_roundoff: f64,
+    },
+}
+
+impl Manifest {
+    /// The manifest of these files.
+    pub fn new(options: Options, cases: Vec<Entry>) -> Self {
+        let Options { dtype, seed, answers } = options;
+        let (generator, generator_version) = ("woracle".into(), env!("CARGO_PKG_VERSION").into());
+        Self { format: FORMAT, generator, generator_version, seed, dtype, answers, cases }
+    }
+
+    /// The text of `manifest.json`.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self).expect("plain data") + "\n"
+    }
+}
+
+/// The cases that `wora check` calls large are for this crate's own thresholds; nor is what underflows a case in f16.
+fn is_written(spec: &Spec, dtype: Dtype) -> bool {
+    !spec.name.contains("large") && (dtype != Dtype::F16 || spec.twist != Twist::Tiny)
+}
+
+/// Every case whose name is `filter`, or contains it: its entry and the bytes of its file, one after the other.
+///
+/// # Errors
+///
+/// A filter that selects nothing.
+pub fn cases(filter: &str, options: Options) -> Result<impl ExactSizeIterator<Item = Result<(Entry, Vec<u8>)>>> {
+    let all = LAYERS.iter().flat_map(|&layer| layer.specs().iter().map(move |spec| (layer, spec)));
+    let written: Vec<_> = all.filter(|(_, spec)| is_written(spec, options.dtype)).collect();
+    let exact = written.iter().any(|(_, spec)| spec.name == filter);
+    let fits = |spec: &Spec| if exact { spec.name == filter } else { spec.name.contains(filter) };
+    let chosen: Vec<_> = written.into_iter().filter(|(_, spec)| fits(spec)).collect();
+    if chosen.is_empty() {
+        let expected = "part of a case's name (wora check --list)".into();
+        return Err(Error::Unknown { what: "FILTER", expected, found: filter.into() });
+    }
+    Ok(chosen.into_iter().map(move |(layer, spec)| one(layer, spec, options)))
+}
+
+fn one(layer: &'static dyn Subject, spec: &Spec, options: Options) -> Result<(Entry, Vec<u8>)> {
+    let Options { dtype, seed, answers } = options;
+    let blind = rounded(layer.draw(spec, seed), dtype);
+    let mut answered = blind.clone();
+    answered.tensors.extend(layer.define(&blind)?.into_iter().map(|(name, values)| (name, Tensor::Float(values))));
+    let answered = CaseFile::new(rounded(answered, dtype), dtype);
+    let catches = catches(layer, &answered)?;
+    let file = if answers { answered } else { CaseFile::new(blind, dtype) };
+    let bytes = file.to_bytes();
+    let entry = Entry {
+        file: format!("{}.safetensors", spec.name),
+        sha256: Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect(),
+        layer: layer.name(),
+        settings: file.case.settings,
+        why: spec.why(),
+        catches,
+        tolerance: match spec.twist {
+            Twist::Exact => Judged::Exact,
+            _ => Judged::Rounded { slack: SLACK, unit_roundoff: dtype.unit_roundoff() },
+        },
+    };
+    Ok((entry, bytes))
+}
+
+/// The case with every number rounded to a type.
+fn rounded(mut case: Case, dtype: Dtype) -> Case {
+    for tensor in case.tensors.values_mut() {
+        if let Tensor::Float(values) = tensor {
+            values.mapv_inplace(|value| dtype.round(value));
+        }
+    }
+    case
+}
+
+/// The mistakes whose results, rounded to the file's types, lie beyond its bounds.
+fn catches(layer: &dyn Subject, file: &CaseFile) -> Result<Vec<&'static str>> {
+    let expected = expected(file, Tolerance::default())?;
+    with_mistakes(layer, &file.case, |spoiling| {
+        let mut caught = vec![];
+        for mistake in MISTAKES.iter().filter(|mistake| mistake.layers.contains(&layer.name())) {
+            let Some(theirs) = results(&[mistake], spoiling)? else { continue };
+            let beyond = theirs.iter().any(|(name, wrong)| {
+                let (right, bound) = (&expected.witnesses[0][name], &expected.bounds[name]);
+                wrong.iter().zip(right).zip(bound).any(|((&wrong, right), bound)| {
+                    let error = (file.dtype(name).round(wrong) - right).abs();
+                    error.is_nan() || error > *bound
+                })
+            });
+            caught.extend(beyond.then_some(mistake.id));
+        }
+        Ok(caught)
+    })
+}
