@@ -332,9 +332,9 @@ impl<O: Operator> Subject for Adapted<O> {
         Ok((answers(results), errors))
     }
     fn terms(&self, case: &Case) -> Result<usize> {
-        let Parts { layer, x, .. } = Self::parts::<f64>(case)?;
-        let outputs: usize = layer.operator().output_shape(&x)?.iter().product();
-        Ok(outputs.saturating_mul(layer.operator().fan_in()))
+        let operator = O::from_weight_shape(case.settings()?, case.values("base.weight")?.shape())?;
+        let outputs: usize = operator.output_shape::<f64>(&Self::input(case)?)?.iter().product();
+        Ok(outputs.saturating_mul(operator.fan_in()))
     }
     fn roundings(&self, case: &Case) -> Result<BTreeMap<String, ArrayD<Rounded>>> {
         Self::define_on(case, Rounded::exact)

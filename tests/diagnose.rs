@@ -1,12 +1,13 @@
 //! The diagnosis: every mistake of the bank, made in every case where it can be, must be named first.
 
+use ndarray::Axis;
 use rayon::prelude::*;
 use woracle::case::Tensor;
 use woracle::cases::{Spec, Twist};
-use woracle::mistakes::{MISTAKES, Mistake};
+use woracle::mistakes::{MISTAKES, Mistake, mistake};
 use woracle::oracle::diagnose::diagnose;
 use woracle::oracle::{CaseFile, Dtype};
-use woracle::registry::{LAYERS, Subject, mistaken};
+use woracle::registry::{LAYERS, Subject, layer, mistaken};
 
 const SEED: u64 = 11;
 
@@ -91,4 +92,102 @@ fn every_mistake_is_named_first_or_tied_with_what_cannot_be_told_from_it() {
         assert!(first * 100 >= 95 * rejected, "{dtype}");
         assert!((first + tied) * 1000 >= 995 * rejected, "{dtype}");
     }
+}
+
+#[test]
+fn two_mistakes_at_once_are_named_together() {
+    let pairs = [
+        ("linear", "linear-plain", ["bias-scaled", "scaling-twice"]),
+        ("linear", "linear-dropout-full", ["dropout-ignored", "alpha-detached"]),
+        ("embedding", "embedding-everything", ["padding-idx-ignored", "beta-ignored"]),
+        ("conv1d", "conv1d-same-dilated", ["lora-dilation-dropped", "norm-of-base"]),
+        ("conv1d", "conv1d-dropout", ["gradients-averaged", "beta-gradient-negated"]),
+        ("conv3d", "conv3d-plain", ["kernel-flipped", "magnitude-detached"]),
+    ];
+    for (name, case, ids) in pairs {
+        let subject = layer(name).expect("a layer");
+        let spec = subject.specs().iter().find(|spec| spec.name == case).expect("a case");
+        let both = ids.map(|id| mistake(id).expect("an id"));
+        let file = wrong(subject, spec, &both, Dtype::F64).expect("both can be made");
+        let diagnosis = diagnose(&file).expect("a diagnosis");
+        let best = diagnosis.candidates.first().unwrap_or_else(|| panic!("{case}: nothing explains {ids:?}"));
+        let mut found = best.ids.clone();
+        found.sort_unstable();
+        let mut made = ids.to_vec();
+        made.sort_unstable();
+        assert_eq!((found, best.residual), (made, 0.0), "{case}");
+    }
+}
+
+/// linear-plain by the definition, with something done to its answers.
+fn changed(change: impl Fn(&mut woracle::case::Tensors)) -> (Vec<String>, Vec<String>) {
+    let subject = layer("linear").expect("linear");
+    let mut case = subject.draw(&subject.specs()[0], SEED);
+    let mut right = subject.define(&case).expect("answers");
+    change(&mut right);
+    case.tensors.extend(right.into_iter().map(|(name, values)| (name, Tensor::Float(values))));
+    let diagnosis = diagnose(&CaseFile::new(case, Dtype::F64)).expect("a diagnosis");
+    let ids = diagnosis.candidates.into_iter().map(|candidate| candidate.id).collect();
+    (ids, diagnosis.facts)
+}
+
+#[test]
+fn where_no_mistake_explains_the_numbers_facts_are_told() {
+    let no_ids: Vec<String> = vec![];
+    assert_eq!(changed(|_| {}), (no_ids.clone(), vec![]));
+    type Change = fn(&mut woracle::case::Tensors);
+    let changes: [(Change, &str); 9] = [
+        (|all| *all.get_mut("y").expect("y") *= 3.0, "y: every element is 3.000000 times what it should be"),
+        (|all| all.get_mut("grad.x").expect("dx").fill(0.0), "grad.x: it is zero everywhere"),
+        (
+            |all| all.get_mut("y").expect("y")[[1, 2]] = f64::NAN,
+            "y: 1 of 30 elements are no numbers, the first at [1, 2]",
+        ),
+        (|all| all.get_mut("y").expect("y").mapv_inplace(|y| y + 0.25), "y: every element is off by 2.5e-1"),
+        (
+            |all| all.get_mut("y").expect("y").mapv_inplace(|y| f64::from(y as f32)),
+            "y: it is as exact as f32 is, and stored as f64: was it computed in f32?",
+        ),
+        (
+            |all| all.get_mut("grad.lora_B").expect("dB").invert_axis(Axis(0)),
+            "grad.lora_B: along axis 0 it is the right tensor in another order: 5, 4, 3, 2, 1, 0",
+        ),
+        (
+            |all| all.get_mut("grad.x").expect("dx")[[4, 1]] += 1.0,
+            "grad.x: 1 of 35 elements are wrong, all of them at index 4 of axis 0",
+        ),
+        (
+            |all| {
+                let columns = all.get_mut("grad.lora_B").expect("dB").axis_iter_mut(Axis(1));
+                columns.enumerate().for_each(|(k, mut column)| column *= (k + 1) as f64);
+            },
+            "grad.lora_B: along axis 1 it is off by one factor an index: 1.0000, 2.0000, 3.0000",
+        ),
+        (
+            |all| {
+                let y = all.get_mut("y").expect("y");
+                (y[[0, 0]], y[[2, 3]]) = (9.0, 9.0);
+            },
+            "y: 2 of 30 elements are wrong, the first at [0, 0]",
+        ),
+    ];
+    for (change, fact) in changes {
+        let (ids, facts) = changed(change);
+        assert_eq!((ids, facts), (no_ids.clone(), vec![fact.to_string()]));
+    }
+}
+
+#[test]
+fn a_case_that_is_too_large_says_so() {
+    let subject = layer("linear").expect("linear");
+    let spec = subject.specs().iter().find(|spec| spec.name == "linear-large").expect("a case");
+    let file = {
+        let mut case = subject.draw(spec, SEED);
+        let mut y = subject.define(&case).expect("y")["y"].clone();
+        y *= 1.5;
+        case.tensors.insert("y".into(), Tensor::Float(y));
+        CaseFile::new(case, Dtype::F64)
+    };
+    let facts = diagnose(&file).expect("a diagnosis").facts;
+    assert!(facts[0].contains("1.5") && facts[1].contains("too large"), "{facts:?}");
 }

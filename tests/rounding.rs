@@ -402,3 +402,44 @@ fn a_type_rounds_as_the_processor_and_half_do() {
         assert_eq!(Dtype::F16.round(value), half::f16::from_f32(sticky).to_f64(), "f16 {value:e}");
     }
 }
+
+#[test]
+fn an_exact_case_is_the_same_bits_in_every_type_and_both_ways() {
+    let mut compared = 0;
+    for (layer, spec) in specs(Dtype::F64).into_iter().filter(|(_, spec)| spec.twist == Twist::Exact) {
+        for seed in 0..SEEDS {
+            for dtype in Dtype::ALL {
+                for way in [Way::Merged, Way::Factored] {
+                    let file = answered(spec, layer, seed, dtype, way);
+                    let drawn = LAYERS[layer].draw(spec, seed);
+                    assert!(
+                        drawn.tensors.iter().all(|(name, tensor)| file.case.tensors[name] == *tensor),
+                        "{}",
+                        spec.name
+                    );
+                    for tensor in verify(&file, Tolerance::default()).expect("a verdict") {
+                        let place = format!("{dtype} {way:?} {} seed {seed} {}", spec.name, tensor.name);
+                        assert_eq!((tensor.max_abs_error, tensor.bound), (0.0, 0.0), "{place}");
+                        compared += 1;
+                    }
+                }
+            }
+        }
+    }
+    assert!(compared > 8 * 100, "{compared}");
+}
+
+#[test]
+fn an_exact_case_forgives_nothing() {
+    let (layer, spec) = specs(Dtype::F64).into_iter().find(|(_, spec)| spec.twist == Twist::Exact).expect("one");
+    let mut file = answered(spec, layer, 0, Dtype::F64, Way::Merged);
+    let Some(Tensor::Float(y)) = file.case.tensors.get_mut("y") else { panic!("y") };
+    y[[0, 0]] = y[[0, 0]].next_up();
+    let failed: Vec<String> = verify(&file, Tolerance::default())
+        .expect("a verdict")
+        .into_iter()
+        .filter(|tensor| tensor.verdict == Verdict::Fail)
+        .map(|tensor| tensor.name)
+        .collect();
+    assert_eq!(failed, ["y"]);
+}

@@ -15,9 +15,12 @@ const fn conv(name: &'static str, x: &'static [usize], weight: &'static [usize],
     Spec { x, weight, operator, rank: 2, ..Spec::plain(name) }
 }
 
+/// A power of two.
+const TWO: Config = Config { scaling: 2.0, ..DETACHED };
+
 /// Small whole numbers.
 const fn exact(name: &'static str, x: &'static [usize], weight: &'static [usize], operator: &'static str) -> Spec {
-    Spec { alpha_beta: (0.5, 0.5), twist: Twist::Exact, ..conv(name, x, weight, operator) }
+    Spec { config: TWO, alpha_beta: (0.5, 0.5), twist: Twist::Exact, ..conv(name, x, weight, operator) }
 }
 
 const SAME: &str = r#"{"padding":"same"}"#;
@@ -65,7 +68,10 @@ pub const CONV1D: &[Spec] = &[
     // As many channels in as out, so that a norm along the other axis is a wrong number and no wrong shape.
     Spec { config: FULL, ..conv("conv1d-square-full", &[2, 4, 7], &[4, 4, 3], PADDED) },
     exact("conv1d-exact", &[1, 2, 4], &[3, 2, 2], PADDED),
-    Spec { config: FULL, ..exact("conv1d-exact-full", &[1, 2, 3], &[2, 2, 2], PADDED) },
+    Spec {
+        config: Config { norm_gradient: NormGradient::Full, ..TWO },
+        ..exact("conv1d-exact-full", &[1, 2, 3], &[2, 2, 2], PADDED)
+    },
     conv("conv1d-large-tiles", &[2, 3, 1200], &[20, 3, 5], r#"{"padding":2}"#),
     Spec { config: FULL, ..conv("conv1d-large-one-unit-full", &[1, 40, 700], &[1, 40, 3], PADDED) },
 ];

@@ -16,10 +16,13 @@ const ALL: &str = r#"{"padding_idx":2,"scale_grad_by_freq":true,"embed_scale":2.
 /// 2 * 256 * 500 * 40 operations and 300 * 256 outputs: above the thresholds of parallel products and passes.
 const LARGE: Spec = Spec { x: &[300], weight: &[500, 256], rank: 40, ..PLAIN };
 
+/// A power of two.
+const TWO: Config = Config { scaling: 2.0, ..DETACHED };
 const EXACT: Spec = Spec {
     x: &[3],
     weight: &[5, 3],
     rank: 2,
+    config: TWO,
     alpha_beta: (0.5, 0.5),
     operator: r#"{"padding_idx":1,"embed_scale":2.0}"#,
     twist: Twist::Exact,
@@ -69,7 +72,7 @@ pub const EMBEDDING: &[Spec] = &[
     // As many ids as dimensions, so that a norm along the other axis is a wrong number and no wrong shape.
     Spec { name: "embedding-square-full", weight: &[6, 6], config: FULL, ..PLAIN },
     Spec { name: "embedding-exact", ..EXACT },
-    Spec { name: "embedding-exact-full", config: FULL, ..EXACT },
+    Spec { name: "embedding-exact-full", config: Config { norm_gradient: NormGradient::Full, ..TWO }, ..EXACT },
     Spec { name: "embedding-large", ..LARGE },
     Spec { name: "embedding-large-everything-full", operator: ALL, config: FULL, ..LARGE },
     Spec { name: "embedding-large-cancelling", twist: Twist::Cancelling, ..LARGE },

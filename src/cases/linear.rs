@@ -14,7 +14,10 @@ const LARGE: Spec = Spec { x: &[260, 130], weight: &[256, 130], rank: 4, ..PLAIN
 /// 2 * 400 * 400 * 32 operations: above the threshold of parallel norms, every row of which is cancelled.
 const LARGE_CANCELLING: Spec = Spec { x: &[3, 400], weight: &[400, 400], rank: 31, twist: Twist::Cancelling, ..PLAIN };
 
-const EXACT: Spec = Spec { x: &[2, 5], weight: &[3, 5], rank: 2, alpha_beta: (0.5, 0.5), twist: Twist::Exact, ..PLAIN };
+/// A power of two.
+const TWO: Config = Config { scaling: 2.0, ..DETACHED };
+const EXACT: Spec =
+    Spec { x: &[2, 5], weight: &[3, 5], rank: 2, config: TWO, alpha_beta: (0.5, 0.5), twist: Twist::Exact, ..PLAIN };
 
 /// Every case of the linear layer.
 pub const LINEAR: &[Spec] = &[
@@ -118,7 +121,7 @@ pub const LINEAR: &[Spec] = &[
         ..PLAIN
     },
     Spec { name: "linear-exact", ..EXACT },
-    Spec { name: "linear-exact-full", config: FULL, ..EXACT },
+    Spec { name: "linear-exact-full", config: Config { norm_gradient: NormGradient::Full, ..TWO }, ..EXACT },
     Spec { name: "linear-exact-dropout", dropout: Some(0.5), ..EXACT },
     Spec { name: "linear-large", ..LARGE },
     Spec { name: "linear-large-dropout-full", dropout: Some(0.5), config: FULL, ..LARGE },

@@ -108,7 +108,8 @@ impl Spec {
             dropout: None,
             config: Config {
                 method: Method::Wora,
-                scaling: 2.0,
+                // Neither a rank of the cases nor its root, square or inverse: factors of s and r are told apart.
+                scaling: 1.5,
                 norm_gradient: NormGradient::Detached,
                 norm_axis: NormAxis::Output,
                 norm_eps: 0.0,

@@ -5,8 +5,8 @@ use indicatif::ProgressBar;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use woracle::oracle::case_file;
-use woracle::oracle::diagnose::{Candidate, Diagnosis, diagnose};
-use woracle::oracle::verify::{TensorVerdict, Tolerance, Verdict, verify};
+use woracle::oracle::diagnose::{self, Candidate, Diagnosis};
+use woracle::oracle::verify::{TensorVerdict, Tolerance, Verdict};
 use woracle::{Error, Result};
 
 /// Judge results that another implementation wrote into case files, and name the mistake that explains wrong ones.
@@ -107,11 +107,7 @@ fn judge(path: &Path, tolerance: Tolerance, bar: &ProgressBar) -> CaseVerdict {
         Ok(file) => file,
         Err(error) => return refuse(path, &error, bar),
     };
-    let judged = verify(&file, tolerance).and_then(|tensors| {
-        let failed = tensors.iter().any(|tensor| tensor.verdict != Verdict::Pass);
-        Ok((tensors, if failed { Some(diagnose(&file)?) } else { None }))
-    });
-    match judged {
+    match diagnose::judge(&file, tolerance) {
         Ok((tensors, diagnosis)) => {
             let verdict = if diagnosis.is_some() { Verdict::Fail } else { Verdict::Pass };
             let Diagnosis { first_diverging, candidates, facts } = diagnosis.unwrap_or_default();

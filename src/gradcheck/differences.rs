@@ -38,7 +38,7 @@ const START: f64 = 8.0;
 const FAR_BELOW: f64 = 1.0 / (1 << 20) as f64;
 /// How many times the rounding error to expect each output may be off by itself; the sum over outputs is what
 /// counts, and the spread of the ladder sees the rest.
-const NOISE: f64 = 2.0;
+const NOISE: f64 = 4.0;
 
 /// A value and how far off it may be.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -14,7 +14,7 @@
 //! ```
 
 use super::facts::facts;
-use super::verify::{Expected, Tolerance, Verdict, expected, first_diverging};
+use super::verify::{Expected, TensorVerdict, Tolerance, Verdict, expected, first_diverging};
 use super::{CaseFile, Dtype};
 use crate::Result;
 use crate::case::{Tensor, Tensors};
@@ -49,8 +49,8 @@ pub struct Candidate {
     pub section: &'static str,
     /// The largest error over its bound under this mistake; 0 where every element lies within its bound.
     pub residual: f64,
-    /// The next candidate's error over this one's, both in root mean squares of bounds: how far behind it is. 1 for
-    /// two that cannot be told apart; absent where there is no other.
+    /// The error that the next best mistake leaves over the one that this leaves, in root mean squares of bounds: how
+    /// far behind it is. About 1 for two that cannot be told apart; absent where there is no other.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub runner_up_ratio: Option<f64>,
     /// The root mean square of errors over bounds, which tells apart what the bounds do not.
@@ -75,26 +75,38 @@ pub struct Diagnosis {
 ///
 /// As [`verify`](super::verify::verify).
 pub fn diagnose(file: &CaseFile) -> Result<Diagnosis> {
-    let expected = expected(file, Tolerance::default())?;
+    Ok(judge(file, Tolerance::default())?.1.unwrap_or_default())
+}
+
+/// Judges every answer of a case, and diagnoses one that fails.
+///
+/// # Errors
+///
+/// As [`verify`](super::verify::verify).
+pub fn judge(file: &CaseFile, tolerance: Tolerance) -> Result<(Vec<TensorVerdict>, Option<Diagnosis>)> {
+    let expected = expected(file, tolerance)?;
     let tensors = expected.judge(file);
-    if tensors.iter().all(|tensor| tensor.verdict == Verdict::Pass) {
-        return Ok(Diagnosis::default());
-    }
+    let failed = tensors.iter().any(|tensor| tensor.verdict != Verdict::Pass);
+    let diagnosis = failed.then(|| explain(file, &expected, &tensors)).transpose()?;
+    Ok((tensors, diagnosis))
+}
+
+fn explain(file: &CaseFile, expected: &Expected, tensors: &[TensorVerdict]) -> Result<Diagnosis> {
     let subject = registry::layer(&file.case.layer)?;
-    let first_diverging = first_diverging(&tensors).map(Into::into);
+    let first_diverging = first_diverging(tensors).map(Into::into);
     let terms = subject.terms(&file.case)?;
-    let mut facts = facts(file, &expected, &tensors);
+    let mut facts = facts(file, expected, tensors);
     if terms > SMALL {
         facts.push(format!("too large to be computed under every mistake: {terms} products, and the limit is {SMALL}"));
         return Ok(Diagnosis { first_diverging, candidates: vec![], facts });
     }
     let candidates = with_mistakes(subject, &file.case, |spoiling| {
-        let evidence = Evidence::new(file, &expected);
+        let evidence = Evidence::new(file, expected);
         let mut candidates = singles(&evidence, spoiling)?;
-        if candidates.first().is_none_or(|best| best.residual > 0.0) && terms <= SMALL_FOR_PAIRS {
+        if candidates.iter().all(|one| one.residual > 0.0) && terms <= SMALL_FOR_PAIRS {
             candidates.extend(pairs(&evidence, spoiling)?);
         }
-        Ok(ranked(candidates))
+        Ok(ranked(candidates, evidence.unexplained))
     })?;
     Ok(Diagnosis { first_diverging, candidates, facts })
 }
@@ -165,7 +177,7 @@ fn singles(evidence: &Evidence<'_>, spoiling: &Spoiling<'_>) -> Result<Vec<Candi
     for mistake in known(spoiling) {
         candidates.extend(candidate(&[mistake], evidence, spoiling)?);
     }
-    Ok(ranked(candidates))
+    Ok(candidates)
 }
 
 /// Two mistakes at once. Where y is one of the answers, only those are computed in full that explain it.
@@ -192,7 +204,7 @@ fn known<'a>(spoiling: &'a Spoiling<'_>) -> impl Iterator<Item = &'static Mistak
     MISTAKES.iter().filter(|mistake| mistake.layers.contains(&spoiling.case.layer.as_str()))
 }
 
-/// How well these mistakes explain a case; `None` where they hardly do, or change nothing.
+/// How well these mistakes explain a case; `None` where they cannot be made.
 fn candidate(
     mistakes: &[&'static Mistake],
     evidence: &Evidence<'_>,
@@ -200,9 +212,6 @@ fn candidate(
 ) -> Result<Option<Candidate>> {
     let Some(theirs) = results(mistakes, spoiling)? else { return Ok(None) };
     let (residual, misfit) = evidence.weigh(&theirs, |_| true);
-    if residual > EXPLAINS * evidence.unexplained {
-        return Ok(None);
-    }
     let join = |of: fn(&Mistake) -> &'static str, between: &str| {
         mistakes.iter().map(|mistake| of(mistake)).collect::<Vec<_>>().join(between)
     };
@@ -218,21 +227,21 @@ fn candidate(
     }))
 }
 
-/// Best first: by residual, then by how few mistakes they are, then by the finer measure.
-fn ranked(mut candidates: Vec<Candidate>) -> Vec<Candidate> {
+/// Those that explain the case, best first: by residual, then by how few mistakes they are, then by the finer measure.
+/// All that tie with the best are told, and a few more.
+fn ranked(mut candidates: Vec<Candidate>, unexplained: f64) -> Vec<Candidate> {
     let rank = |one: &Candidate| (one.residual, one.ids.len(), one.misfit);
     candidates.sort_by(|one, other| rank(one).partial_cmp(&rank(other)).expect("numbers"));
-    if let Some(best) = candidates.first().map(|best| (best.residual, best.ids.len())) {
-        let ties = candidates.iter().take_while(|one| (one.residual, one.ids.len()) == best).count();
-        candidates.truncate(ties.max(TOLD));
-        candidates.retain(|one| one.ids.len() <= best.1.max(1) || one.residual < best.0 || best.1 > 1);
+    // What is exact to the last digit is taken for a thousandth of a bound off, so that a ratio stays one of errors.
+    let misfit = |one: &Candidate| one.misfit.max(1e-3);
+    for at in 1..candidates.len() {
+        candidates[at - 1].runner_up_ratio =
+            Some((misfit(&candidates[at]) / misfit(&candidates[at - 1])).min(f64::MAX));
     }
-    for at in 0..candidates.len() {
-        let ratio = candidates
-            .get(at + 1)
-            .map(|next| next.misfit.max(f64::MIN_POSITIVE) / candidates[at].misfit.max(f64::MIN_POSITIVE));
-        candidates[at].runner_up_ratio = ratio.map(|ratio| ratio.min(f64::MAX));
-    }
+    candidates.retain(|one| one.residual <= EXPLAINS * unexplained);
+    let best = candidates.first().map(|best| (best.residual, best.ids.len()));
+    let ties = candidates.iter().take_while(|one| Some((one.residual, one.ids.len())) == best).count();
+    candidates.truncate(ties.max(TOLD));
     candidates
 }
 

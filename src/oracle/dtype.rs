@@ -86,7 +86,7 @@ impl Dtype {
     pub fn storage(self) -> Storage {
         let chain = match self {
             Self::F64 => usize::MAX,
-            Self::F32 => 256,
+            Self::F32 => 512,
             Self::Bf16 | Self::F16 => 0,
         };
         Storage { smallest_normal: power_of_two(self.least_exponent()), chain }

@@ -8,6 +8,9 @@ use crate::mistakes::Parameter;
 use ndarray::{ArrayD, Axis};
 use std::collections::BTreeMap;
 
+/// What there is to say of a failed answer, if there is.
+type Fact<'a> = dyn Fn(&Failed<'_>) -> Option<String> + 'a;
+
 /// A failed answer.
 struct Failed<'a> {
     name: &'a str,
@@ -24,7 +27,7 @@ pub(super) fn facts(file: &CaseFile, expected: &Expected, tensors: &[TensorVerdi
         let name = tensor.name.as_str();
         let Tensor::Float(actual) = &file.case.tensors[name] else { continue };
         let failed = Failed { name, actual, expected: &expected.witnesses[0][name], bound: &expected.bounds[name] };
-        let all: [&dyn Fn(&Failed<'_>) -> Option<String>; 9] = [
+        let all: [&Fact<'_>; 9] = [
             &not_numbers,
             &zeros,
             &|failed| as_narrow(failed, file),

@@ -21,9 +21,9 @@ pub struct Storage {
 
 impl Storage {
     /// What the squares of a sum's terms are multiplied by: the sum's own rounding, and that of adding its terms up
-    /// in a row, whose squared errors come to about a sixteenth of the terms' squares for each.
+    /// in a row, whose squared errors come to a quarter of the terms' squares for each.
     fn of_sum<T: Scalar>(self, terms: usize) -> T {
-        T::from_f64(1.0 + self.chain.min(terms) as f64 / 16.0)
+        T::from_f64(1.0 + self.chain.min(terms) as f64 / 4.0)
     }
 }
 
@@ -245,6 +245,7 @@ impl<'x, O: Operator, T: Scalar> Passes<'_, 'x, O, T> {
         let b_sq = square(&(&layer.b() * &(&gain * *gamma).insert_axis(Axis(1))));
         mix_into(error.view_mut(), b_sq.view(), square(u).view(), operator.groups()); // U is stored
         let values = y.view().into_shape_with_order(p.dim()).expect("as many as y");
+        let chain: T = self.storage.of_sum(operator.fan_in());
         for (i, mut error) in error.axis_iter_mut(Axis(1)).enumerate() {
             let (g, shared) = (gain[i], shared[i]);
             let b = layer.base.bias.as_ref().map_or(T::zero(), |bias| bias[i]);
@@ -253,13 +254,12 @@ impl<'x, O: Operator, T: Scalar> Passes<'_, 'x, O, T> {
                 |error, &p, &z, &y| {
                     let (base, lora) = (g * *beta * p, g * *gamma * z);
                     let stored = p * p + base * base + (lora * lora + lora * lora);
-                    *error += stored + shared * (base + lora).powi(2) + y * y + b * b + *tiny_sq;
+                    *error += stored + shared * (base + lora).powi(2) + chain * y * y + b * b + *tiny_sq;
                 },
             );
         }
         if self.dropped.is_some() {
             let w_sq = layer.weight().mapv(|w| w * w);
-            let chain: T = self.storage.of_sum(operator.fan_in());
             for x in [self.x, self.adapted_input()] {
                 let terms = operator.apply(&squares::<O, T>(x), &[w_sq.view()]).swap_remove(0);
                 let whole = layer.operator.apply(x, &[layer.weight()]).swap_remove(0);
@@ -294,7 +294,7 @@ impl<'x, O: Operator, T: Scalar> Passes<'_, 'x, O, T> {
 
         // dW', and what is made of it.
         let dmerged = whole.adjoint_weight(x, dy.view());
-        let mut dmerged_error = squared.adjoint_weight(&x_sq, dy_sq.view()) * long + &square(&dmerged); // E62
+        let mut dmerged_error = (squared.adjoint_weight(&x_sq, dy_sq.view()) + &square(&dmerged)) * long; // E62
         dmerged_error += tiny_sq;
         let direct = &w.gain * &dmerged;
         let shared = w.spread(&w.gain_error);
@@ -359,7 +359,7 @@ impl<'x, O: Operator, T: Scalar> Passes<'_, 'x, O, T> {
         let scalar = |of: ArrayView2<'_, T>, of_error: Option<&Array2<T>>, output: &Array3<T>, factor: T, value: T| {
             let mut error = (&dweighted_error * &of.mapv(|v| v * v)).sum() + together(of);
             error += of_error.map_or(T::zero(), |of_error| (square(&dweighted) * of_error).sum());
-            error += (&h_sq * &square(output)).sum() * (long + two);
+            error += (&h_sq * &square(output)).sum() * (two + T::one()); // summed up in a tree, not in a row
             factor * factor * error + two * value * value + tiny_sq // E68
         };
         let alpha = values.adapter.alpha.as_ref().map(|value| {
@@ -406,7 +406,7 @@ impl<'x, O: Operator, T: Scalar> Passes<'_, 'x, O, T> {
         let finished = |error: Array2<T>, value: &ArrayD<T>| {
             let error = error.mapv(|error| gamma * gamma * error).as_standard_layout().into_owned();
             let error = error.into_shape_with_order(value.shape()).expect("as many as the gradient");
-            root(error + &value.mapv(|value| two * value * value + tiny_sq))
+            root(error + &value.mapv(|value| (long + T::one()) * value * value + tiny_sq))
         };
 
         let weight = values.weight.as_ref().map(|value| {
@@ -421,8 +421,10 @@ impl<'x, O: Operator, T: Scalar> Passes<'_, 'x, O, T> {
             root(error + &value.mapv(|value| two * value * value + tiny_sq)) // E71
         });
         let bias = values.bias.as_ref().map(|value| {
-            let terms = channel_sums(dy_sq.view()) * long;
-            root(terms.into_dyn() + &value.mapv(|value| value * value + tiny_sq)) // E72
+            let terms = channel_sums(dy_sq.view()).into_dyn();
+            // A plain sum is added up in the type itself whatever it is, but in four parts at least.
+            let chain: T = Storage { chain: self.storage.chain.max(512), ..self.storage }.of_sum(outputs);
+            root((terms + &square(value)) * ((chain + two + T::one()) / (two + two)) + tiny_sq) // E72
         });
         let x = values.x.as_ref().map(|value| root(self.dx(dy.view(), value, &t, &t_error)));
         let scalar = |error: Option<T>| error.map(|error| ArrayD::from_elem(vec![], error.sqrt()));
@@ -465,15 +467,15 @@ impl<'x, O: Operator, T: Scalar> Passes<'_, 'x, O, T> {
         if w.direction.is_some() && layer.config.norm_axis == NormAxis::Input {
             error += &(square(&(&base + &lora)) * &shared);
         }
+        let chain: T = self.storage.of_sum(operator.units());
         if let Some((_, mask)) = &self.dropped {
             let w_sq = layer.weight().mapv(|w| w * w);
-            let chain: T = self.storage.of_sum(operator.units());
             let kept = adjoint_sq(dy_sq.view(), w_sq.view()) * chain + &square(&adjoint(dy, layer.weight()));
             let two = T::one() + T::one();
             ndarray::azip!((error in &mut error, &kept in &kept, &mask in mask) {
                 *error = mask * mask * (*error + kept) + two * kept;
             });
         }
-        error + &dx.mapv(|dx| dx * dx + dx * dx + tiny_sq)
+        error + &dx.mapv(|dx| (chain + T::one()) * dx * dx + tiny_sq)
     }
 }

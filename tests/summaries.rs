@@ -1,0 +1,76 @@
+//! What `wora verify` prints of a wrong case: the mistake, in every format, and tolerances that take the bound's place.
+
+use assert_cmd::Command;
+use std::path::Path;
+use woracle::case::Tensor;
+use woracle::mistakes::mistake;
+use woracle::oracle::{CaseFile, Dtype};
+use woracle::registry::{layer, mistaken};
+
+fn wora(arguments: &[&str]) -> (Option<i32>, String, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_wora")).args(arguments).output().expect("a run");
+    let text = |bytes| String::from_utf8(bytes).expect("text");
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+/// linear-plain with the bias scaled, as a file; its name would break a line and a tag.
+fn bias_scaled(directory: &Path) -> String {
+    let linear = layer("linear").expect("linear");
+    let mut case = linear.draw(&linear.specs()[0], 0);
+    case.name = "a <b> | \"c\" & d".into();
+    let theirs = mistaken(linear, &[mistake("bias-scaled").expect("an id")], &case).expect("results").expect("results");
+    case.tensors.extend(theirs.into_iter().map(|(name, values)| (name, Tensor::Float(values))));
+    let path = directory.join("case.safetensors");
+    std::fs::write(&path, CaseFile::new(case, Dtype::F64).to_bytes()).expect("written");
+    path.to_string_lossy().into_owned()
+}
+
+#[test]
+fn every_format_names_the_mistake() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = bias_scaled(directory.path());
+    for format in [&[][..], &["--json"], &["--markdown"], &["--junit"]] {
+        let (code, stdout, stderr) = wora(&[&["verify", &path], format].concat());
+        assert_eq!((code, stderr.as_str()), (Some(1), ""));
+        for text in ["bias-scaled", "torchtune"] {
+            assert!(stdout.contains(text), "{format:?}: {stdout}");
+        }
+    }
+    let (_, json, _) = wora(&["verify", &path, "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+    let best = &json["cases"][0]["diagnosis"][0];
+    assert_eq!((&best["id"], &best["residual"]), (&"bias-scaled".into(), &0.0.into()));
+    assert!(best["runner_up_ratio"].as_f64().expect("a ratio") > 100.0 && best["title"].is_string(), "{best}");
+    assert_eq!(json["cases"][0]["first_diverging"], "y");
+}
+
+#[test]
+fn what_a_file_says_is_text_in_every_format() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = bias_scaled(directory.path());
+    let (_, xml, _) = wora(&["verify", &path, "--junit"]);
+    assert!(xml.contains("a &lt;b&gt; | &quot;c&quot; &amp; d") && !xml.contains("<b>"), "{xml}");
+    let (_, markdown, _) = wora(&["verify", &path, "--markdown"]);
+    assert!(markdown.contains("a \\<b\\> \\| \"c\" & d"), "{markdown}");
+}
+
+#[test]
+fn a_tolerance_takes_the_place_of_the_bound() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = bias_scaled(directory.path());
+    assert_eq!(wora(&["verify", &path, "--atol", "100"]).0, Some(0));
+    assert_eq!(wora(&["verify", &path, "--rtol", "1e-9"]).0, Some(1));
+    for wrong in [["--atol", "inf"], ["--rtol", "NaN"], ["--rtol", "much"]] {
+        let (code, _, stderr) = wora(&["verify", &path, wrong[0], wrong[1]]);
+        assert!(code == Some(2) && stderr.contains("expected a finite number, 0 or more"), "{stderr}");
+    }
+}
+
+#[test]
+fn right_results_print_no_explanation() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/linear-plain.safetensors");
+    let golden = golden.to_string_lossy();
+    assert_eq!(wora(&["verify", &golden, "--markdown"]).1, "**1 passed, 0 failed**\n");
+    let (code, xml, _) = wora(&["verify", &golden, "--junit"]);
+    assert!(code == Some(0) && xml.contains("failures=\"0\" errors=\"0\"") && !xml.contains("<failure"), "{xml}");
+}
