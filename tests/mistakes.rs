@@ -10,6 +10,8 @@ use woracle::case::{Case, Tensor, Tensors};
 use woracle::cases::{Spec, Twist};
 use woracle::gradcheck::{Verdict, Witness, check_mistake, try_mistake};
 use woracle::mistakes::{Backward, Gain, MISTAKES, Mistake, RIGHT, mistake};
+use woracle::oracle::diagnose::diagnose;
+use woracle::oracle::{CaseFile, Dtype};
 use woracle::registry::{LAYERS, Subject, layer, mistaken};
 
 const SEED: u64 = 7;
@@ -479,10 +481,23 @@ fn examine(id: &str, layer_name: &str) -> (Vec<String>, [usize; 2]) {
         let differs = theirs.iter().any(|(name, wrong)| distance(wrong, &right[name]) > 1e-6);
         if differs && matters[full] < ENOUGH {
             matters[full] += 1;
-            wrong.extend(differences(&naive.results(), theirs, &place));
+            let results = naive.results();
+            wrong.extend(differences(&results, theirs, &place));
+            wrong.extend(misdiagnosed(id, &case, results).map(|instead| format!("{place}: diagnosed as {instead}")));
         }
     }
     (wrong, matters)
+}
+
+/// What the diagnosis makes of results computed here, where that is neither this mistake nor one tied with it.
+fn misdiagnosed(id: &str, case: &Case, results: Tensors) -> Option<String> {
+    let mut case = case.clone();
+    case.tensors.extend(results.into_iter().map(|(name, values)| (name, Tensor::Float(values))));
+    // Differences are exact to f32, not to f64.
+    let candidates = diagnose(&CaseFile::new(case, Dtype::F32)).expect("a diagnosis").candidates;
+    let best = candidates.first().map_or(f64::NAN, |best| best.residual);
+    let named = candidates.iter().any(|candidate| candidate.ids == [id] && candidate.residual == best);
+    (!named).then(|| candidates.first().map_or_else(|| "nothing".into(), |best| best.id.clone()))
 }
 
 #[test]

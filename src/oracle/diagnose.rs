@@ -13,9 +13,9 @@
 //! # Ok::<(), woracle::Error>(())
 //! ```
 
+use super::CaseFile;
 use super::facts::facts;
 use super::verify::{Expected, TensorVerdict, Tolerance, Verdict, expected, first_diverging};
-use super::{CaseFile, Dtype};
 use crate::Result;
 use crate::case::{Tensor, Tensors};
 use crate::mistakes::{MISTAKES, Mistake, RIGHT, Spoiling, results};
@@ -243,14 +243,4 @@ fn ranked(mut candidates: Vec<Candidate>, unexplained: f64) -> Vec<Candidate> {
     let ties = candidates.iter().take_while(|one| Some((one.residual, one.ids.len())) == best).count();
     candidates.truncate(ties.max(TOLD));
     candidates
-}
-
-/// The type that would accept a case whose answers pass for none of the mistakes, where it is a narrower one than they
-/// are stored in.
-pub(super) fn narrower(dtype: Dtype) -> &'static [Dtype] {
-    match dtype {
-        Dtype::F64 => &[Dtype::F32, Dtype::F16, Dtype::Bf16],
-        Dtype::F32 => &[Dtype::F16, Dtype::Bf16],
-        Dtype::Bf16 | Dtype::F16 => &[],
-    }
 }

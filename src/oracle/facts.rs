@@ -2,7 +2,7 @@
 //! where to look.
 
 use super::verify::{Expected, TensorVerdict, Verdict};
-use super::{CaseFile, diagnose::narrower};
+use super::{CaseFile, Dtype};
 use crate::case::{Tensor, unravel};
 use crate::mistakes::Parameter;
 use ndarray::{ArrayD, Axis};
@@ -85,6 +85,15 @@ fn not_numbers(failed: &Failed<'_>) -> Option<String> {
 
 fn zeros(failed: &Failed<'_>) -> Option<String> {
     failed.actual.iter().all(|&value| value == 0.0).then(|| "it is zero everywhere".into())
+}
+
+/// The types that numbers of this one may have been computed in.
+fn narrower(dtype: Dtype) -> &'static [Dtype] {
+    match dtype {
+        Dtype::F64 => &[Dtype::F32, Dtype::F16, Dtype::Bf16],
+        Dtype::F32 => &[Dtype::F16, Dtype::Bf16],
+        Dtype::Bf16 | Dtype::F16 => &[],
+    }
 }
 
 fn as_narrow(failed: &Failed<'_>, file: &CaseFile) -> Option<String> {
