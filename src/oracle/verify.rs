@@ -22,7 +22,7 @@ use serde::Serialize;
 use std::collections::BTreeSet;
 
 /// How many times the rounding error to expect an answer may be off, and the oracle beside it.
-pub const SLACK: f64 = 4.5;
+pub const SLACK: f64 = 4.0;
 
 /// Answers are held against the definition too where it adds up no more products than this: it is slow.
 pub const DEFINED: usize = 1 << 25;
