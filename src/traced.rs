@@ -5,12 +5,12 @@
 //! use ndarray::{ArrayD, array};
 //! use woracle::{case::Tensors, traced::{Traced, gradient}};
 //! let inputs = Tensors::from([("x".to_string(), array![3.0, 4.0].into_dyn())]);
-//! let norm = |inputs: &woracle::traced::TracedTensors| {
-//!     let squares = inputs["x"].iter().fold(woracle::Real::constant(0.0), |sum: Traced, &x| sum + x * x);
-//!     Ok(ArrayD::from_elem(vec![], woracle::Real::sqrt(squares)))
+//! let square = |inputs: &woracle::traced::TracedTensors| {
+//!     let sum = inputs["x"].iter().fold(woracle::Real::constant(0.0), |sum: Traced, &x| sum + x * x);
+//!     Ok(ArrayD::from_elem(vec![], sum))
 //! };
-//! let (y, gradients) = gradient(&inputs, &ArrayD::from_elem(vec![], 1.0), norm)?;
-//! assert_eq!((y[[]], &gradients["x"]), (5.0, &array![0.6, 0.8].into_dyn()));
+//! let (y, gradients) = gradient(&inputs, &ArrayD::from_elem(vec![], 1.0), square)?;
+//! assert_eq!((y[[]], &gradients["x"]), (25.0, &array![6.0, 8.0].into_dyn()));
 //! # Ok::<(), woracle::Error>(())
 //! ```
 
