@@ -69,6 +69,11 @@ impl Case {
         }
     }
 
+    /// Puts tensors in, in the place of those of the same names.
+    pub fn extend(&mut self, tensors: Tensors) {
+        self.tensors.extend(tensors.into_iter().map(|(name, values)| (name, Tensor::Float(values))));
+    }
+
     /// The settings as a type; what the type does not name is ignored.
     ///
     /// # Errors

@@ -4,9 +4,9 @@
 //! ```
 //! use woracle::{Counted, Real};
 //! let three = Counted::constant(1.0) + Counted::constant(2.0);
-//! assert_eq!(three.digits(), 3.0); // |1| + |2| in units of 1
-//! assert_eq!((three - Counted::constant(0.5)).digits(), 7.0); // 3.5 in units of 1/2
-//! assert_eq!(Real::sqrt(three).digits(), f64::INFINITY); // no finite number of digits
+//! assert_eq!(three.units(), 3.0); // |1| + |2| in units of 1
+//! assert_eq!((three - Counted::constant(0.5)).units(), 7.0); // 3.5 in units of 1/2
+//! assert_eq!(Real::sqrt(three).units(), f64::INFINITY); // no finite number of digits
 //! ```
 
 use crate::Real;
@@ -25,7 +25,7 @@ pub struct Counted {
 
 impl Counted {
     /// The most units that this number, or any that it was made of, needs; infinite where some step was not exact.
-    pub fn digits(self) -> f64 {
+    pub fn units(self) -> f64 {
         self.worst
     }
 

@@ -114,6 +114,11 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
+    /// What the system says of a file.
+    pub fn io(path: &Path, error: &std::io::Error) -> Self {
+        Self::File { path: path.into(), message: error.to_string() }
+    }
+
     /// The same complaint, with the file it is about in front.
     pub fn in_file(self, path: &Path) -> Self {
         match self {

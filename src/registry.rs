@@ -44,6 +44,27 @@ pub fn layer(name: &str) -> Result<&'static dyn Subject> {
     })
 }
 
+/// Every case of every layer.
+pub fn specs() -> impl Iterator<Item = (&'static dyn Subject, &'static Spec)> {
+    LAYERS.iter().flat_map(|&layer| layer.specs().iter().map(move |spec| (layer, spec)))
+}
+
+/// The one whose name the filter is, or all whose names contain it; `what` says what it is a part of.
+///
+/// # Errors
+///
+/// A filter that selects nothing.
+pub fn choose<T>(all: Vec<T>, filter: &str, name: impl Fn(&T) -> &str, what: &str) -> Result<Vec<T>> {
+    let exact = all.iter().any(|one| name(one) == filter);
+    let fits = |one: &T| if exact { name(one) == filter } else { name(one).contains(filter) };
+    let chosen: Vec<T> = all.into_iter().filter(fits).collect();
+    if chosen.is_empty() {
+        let expected = format!("part of {what}");
+        return Err(Error::Unknown { what: "FILTER", expected, found: filter.into() });
+    }
+    Ok(chosen)
+}
+
 /// A forward as a function of the tensors of a case.
 pub type Forward = Box<dyn Fn(&Case) -> Result<ArrayD<f64>> + Send + Sync>;
 
@@ -273,7 +294,7 @@ impl<O: Operator> Adapted<O> {
     fn is_exact(case: &Case) -> bool {
         let all = Self::define_on(case, Counted::constant).expect("a case of a spec");
         let says = |values: &ArrayD<Counted>| values.iter().any(|one| one.value() != 0.0);
-        all.values().all(says) && all.values().flatten().all(|one| one.digits() < EXACT)
+        all.values().all(says) && all.values().flatten().all(|one| one.units() < EXACT)
     }
 
     /// Results under their names in a case file.

@@ -13,16 +13,11 @@ const SEED: u64 = 11;
 
 /// The case with these mistakes in it, its numbers rounded to a type; `None` where they cannot be made.
 fn wrong(subject: &dyn Subject, spec: &Spec, mistakes: &[&Mistake], dtype: Dtype) -> Option<CaseFile> {
-    let mut case = subject.draw(spec, SEED);
-    for tensor in case.tensors.values_mut() {
-        if let Tensor::Float(values) = tensor {
-            values.mapv_inplace(|value| dtype.round(value));
-        }
-    }
+    let mut case = CaseFile::rounded(subject.draw(spec, SEED), dtype).case;
     let theirs = mistaken(subject, mistakes, &case).ok()??;
     let answers = theirs.into_iter().filter(|(name, _)| name == "y" || name.starts_with("grad."));
-    case.tensors.extend(answers.map(|(name, values)| (name, Tensor::Float(values.mapv(|value| dtype.round(value))))));
-    Some(CaseFile::new(case, dtype))
+    case.extend(answers.collect());
+    Some(CaseFile::rounded(case, dtype))
 }
 
 /// What came of all pairs of a mistake and a case: how many were rejected, named first, tied for the first place, and
@@ -125,7 +120,7 @@ fn changed(change: impl Fn(&mut woracle::case::Tensors)) -> (Vec<String>, Vec<St
     let mut case = subject.draw(&subject.specs()[0], SEED);
     let mut right = subject.define(&case).expect("answers");
     change(&mut right);
-    case.tensors.extend(right.into_iter().map(|(name, values)| (name, Tensor::Float(values))));
+    case.extend(right);
     let diagnosis = diagnose(&CaseFile::new(case, Dtype::F64)).expect("a diagnosis");
     let ids = diagnosis.candidates.into_iter().map(|candidate| candidate.id).collect();
     (ids, diagnosis.facts)

@@ -1,22 +1,16 @@
 //! `wora golden`: the same bytes everywhere, accepted by `wora verify`, and as the manifest says.
 
-use assert_cmd::Command;
+mod command;
+
+use command::{wora, wora_on};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
-use woracle::case::Tensor;
 use woracle::mistakes::mistake;
 use woracle::oracle::golden::{Manifest, Options, cases};
 use woracle::oracle::verify::{Tolerance, Verdict, verify};
 use woracle::oracle::{CaseFile, Dtype, case_file};
 use woracle::registry::{layer, mistaken};
-
-fn wora(threads: &str, arguments: &[&str]) -> (Option<i32>, String, String) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_wora"));
-    let output = command.env("RAYON_NUM_THREADS", threads).args(arguments).output().expect("a run");
-    let text = |bytes| String::from_utf8(bytes).expect("text");
-    (output.status.code(), text(output.stdout), text(output.stderr))
-}
 
 /// Every file of a directory.
 fn files(directory: &Path) -> BTreeMap<String, Vec<u8>> {
@@ -53,8 +47,9 @@ fn the_bytes_of_every_type_are_those_that_are_kept() {
 fn the_command_writes_the_same_files_on_any_number_of_threads() {
     let directory = tempfile::tempdir().expect("a directory");
     let out = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
-    for threads in ["1", "3"] {
-        let (code, _, stderr) = wora(threads, &["golden", &out(threads), "linear-d", "--seed", "7", "--dtype", "bf16"]);
+    for threads in [1, 3] {
+        let (code, _, stderr) =
+            wora_on(threads, &["golden", &out(&threads.to_string()), "linear-d", "--seed", "7", "--dtype", "bf16"]);
         assert_eq!((code, stderr.as_str()), (Some(0), ""));
     }
     let written = files(&directory.path().join("1"));
@@ -131,7 +126,7 @@ fn a_case_catches_what_the_manifest_says_and_nothing_else() {
             let theirs = mistaken(linear, &[mistake(one.id).expect("an id")], &file.case).expect("results");
             let caught = theirs.is_some_and(|theirs| {
                 let mut case = file.case.clone();
-                case.tensors.extend(theirs.into_iter().map(|(name, values)| (name, Tensor::Float(values))));
+                case.extend(theirs);
                 let verdicts = verify(&CaseFile::new(case, Dtype::F64), Tolerance::default()).expect("a verdict");
                 verdicts.iter().any(|tensor| tensor.verdict == Verdict::Fail)
             });
@@ -147,7 +142,7 @@ fn what_cannot_be_written_is_one_line() {
     std::fs::write(&file, "").expect("written");
     let file = file.to_string_lossy().into_owned();
     for arguments in [&["golden", &file][..], &["golden", &format!("{file}2"), "no-such-case"]] {
-        let (code, stdout, stderr) = wora("2", arguments);
+        let (code, stdout, stderr) = wora(arguments);
         assert_eq!((code, stdout.as_str(), stderr.lines().count()), (Some(2), "", 1), "{stderr}");
     }
 }

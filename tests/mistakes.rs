@@ -1,7 +1,9 @@
 //! The bank of mistakes, checked from outside: what each id does is computed here once more, in loops over the
 //! materialised weight and with central differences, from the words of the table and nothing of the bank's formulas.
 
-use assert_cmd::Command;
+mod command;
+
+use command::wora;
 use ndarray::ArrayD;
 use rayon::prelude::*;
 use serde_json::Value;
@@ -492,7 +494,7 @@ fn examine(id: &str, layer_name: &str) -> (Vec<String>, [usize; 2]) {
 /// What the diagnosis makes of results computed here, where that is neither this mistake nor one tied with it.
 fn misdiagnosed(id: &str, case: &Case, results: Tensors) -> Option<String> {
     let mut case = case.clone();
-    case.tensors.extend(results.into_iter().map(|(name, values)| (name, Tensor::Float(values))));
+    case.extend(results);
     // Differences are exact to f32, not to f64.
     let candidates = diagnose(&CaseFile::new(case, Dtype::F32)).expect("a diagnosis").candidates;
     let best = candidates.first().map_or(f64::NAN, |best| best.residual);
@@ -606,12 +608,6 @@ fn a_wrong_forward_passes_differences_with_its_own_backward_and_fails_the_defini
         })
         .collect();
     assert!(complaints.is_empty(), "{}", complaints.join("\n"));
-}
-
-fn wora(arguments: &[&str]) -> (Option<i32>, String, String) {
-    let output = Command::new(env!("CARGO_BIN_EXE_wora")).args(arguments).output().expect("a run");
-    let text = |bytes| String::from_utf8(bytes).expect("text");
-    (output.status.code(), text(output.stdout), text(output.stderr))
 }
 
 #[test]

@@ -280,12 +280,7 @@ fn answered(spec: &Spec, layer: usize, seed: u64, dtype: Dtype, way: Way) -> Cas
         Stored::<O> { case, dtype, operator, config, x, mask }.run(way)
     }
     let subject = LAYERS[layer];
-    let mut case = subject.draw(spec, seed);
-    for tensor in case.tensors.values_mut() {
-        if let Tensor::Float(values) = tensor {
-            values.mapv_inplace(|value| dtype.round(value));
-        }
-    }
+    let mut case = CaseFile::rounded(subject.draw(spec, seed), dtype).case;
     let results = match subject.name() {
         "linear" => run::<Linear>(&case, dtype, way),
         "embedding" => run::<Embedding>(&case, dtype, way),
@@ -293,7 +288,7 @@ fn answered(spec: &Spec, layer: usize, seed: u64, dtype: Dtype, way: Way) -> Cas
         "conv2d" => run::<Conv2d>(&case, dtype, way),
         _ => run::<Conv3d>(&case, dtype, way),
     };
-    case.tensors.extend(results.into_iter().map(|(name, values)| (name, Tensor::Float(values))));
+    case.extend(results);
     CaseFile::new(case, dtype)
 }
 

@@ -1,17 +1,12 @@
 //! What `wora verify` prints of a wrong case: the mistake, in every format, and tolerances that take the bound's place.
 
-use assert_cmd::Command;
+mod command;
+
+use command::wora;
 use std::path::Path;
-use woracle::case::Tensor;
 use woracle::mistakes::mistake;
 use woracle::oracle::{CaseFile, Dtype};
 use woracle::registry::{layer, mistaken};
-
-fn wora(arguments: &[&str]) -> (Option<i32>, String, String) {
-    let output = Command::new(env!("CARGO_BIN_EXE_wora")).args(arguments).output().expect("a run");
-    let text = |bytes| String::from_utf8(bytes).expect("text");
-    (output.status.code(), text(output.stdout), text(output.stderr))
-}
 
 /// linear-plain with the bias scaled, as a file; its name would break a line and a tag.
 fn bias_scaled(directory: &Path) -> String {
@@ -19,7 +14,7 @@ fn bias_scaled(directory: &Path) -> String {
     let mut case = linear.draw(&linear.specs()[0], 0);
     case.name = "a <b> | \"c\" & d".into();
     let theirs = mistaken(linear, &[mistake("bias-scaled").expect("an id")], &case).expect("results").expect("results");
-    case.tensors.extend(theirs.into_iter().map(|(name, values)| (name, Tensor::Float(values))));
+    case.extend(theirs);
     let path = directory.join("case.safetensors");
     std::fs::write(&path, CaseFile::new(case, Dtype::F64).to_bytes()).expect("written");
     path.to_string_lossy().into_owned()

@@ -1,11 +1,11 @@
 //! `wora check [FILTER]`: the hand-derived backward of every layer against its witnesses.
 
-use super::{Outcome, choose, list, mistakes, print, progress, table};
+use super::{Outcome, list, mistakes, print, progress, table};
 use rayon::prelude::*;
 use serde_json::json;
 use woracle::Result;
 use woracle::gradcheck::{CaseReport, Identity, Options, Verdict, Witness, check};
-use woracle::registry::{LAYERS, Subject};
+use woracle::registry::{Subject, choose, specs};
 
 /// Check every layer's forward and backward against the definition, differences, dual numbers and identities.
 #[derive(clap::Args)]
@@ -38,8 +38,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     if args.mistakes {
         return mistakes::run(filter, args.seed, args.verbose, args.json);
     }
-    let all = LAYERS.iter().flat_map(|&layer| layer.specs().iter().map(move |spec| (layer, spec)));
-    let chosen = choose(all.collect(), filter, |(_, spec)| spec.name, "a case's name (wora check --list)")?;
+    let chosen = choose(specs().collect(), filter, |(_, spec)| spec.name, "a case's name (wora check --list)")?;
     if args.list {
         return list(chosen.iter().map(|(_, spec)| spec.name), args.json);
     }

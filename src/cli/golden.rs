@@ -40,7 +40,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     let options = Options { dtype: args.dtype, seed: args.seed, answers: !args.without_answers };
     let chosen = cases(args.filter.as_deref().unwrap_or(""), options)?;
     let bar = progress(chosen.len());
-    std::fs::create_dir_all(&args.out_dir).map_err(|error| failed(&args.out_dir, &error))?;
+    std::fs::create_dir_all(&args.out_dir).map_err(|error| Error::io(&args.out_dir, &error))?;
     let one = |case: Result<(Entry, Vec<u8>)>| {
         let (entry, bytes) = case?;
         write(&args.out_dir.join(&entry.file), &bytes)?;
@@ -66,9 +66,5 @@ pub fn run(args: Args) -> Result<Outcome> {
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let aside = path.with_extension("partial");
     let whole = std::fs::File::create(&aside).and_then(|mut file| file.write_all(bytes));
-    whole.and_then(|()| std::fs::rename(&aside, path)).map_err(|error| failed(path, &error))
-}
-
-fn failed(path: &Path, error: &std::io::Error) -> Error {
-    Error::File { path: path.into(), message: error.to_string() }
+    whole.and_then(|()| std::fs::rename(&aside, path)).map_err(|error| Error::io(path, &error))
 }

@@ -1,12 +1,12 @@
 //! `wora check --mistakes [FILTER]`: the checker on trial.
 
-use super::{Outcome, choose, print, progress, table};
+use super::{Outcome, print, progress, table};
 use rayon::prelude::*;
 use serde_json::json;
 use woracle::Result;
 use woracle::gradcheck::{Trial, Witness, try_mistake};
 use woracle::mistakes::{MISTAKES, Mistake};
-use woracle::registry::LAYERS;
+use woracle::registry::{LAYERS, choose};
 
 /// Who can speak: a mistake is the same in f32.
 const WITNESSES: [Witness; 4] = [Witness::Definition, Witness::Differences, Witness::Duals, Witness::Identities];

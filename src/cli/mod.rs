@@ -72,7 +72,7 @@ fn print(text: &str) -> woracle::Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.write_all(b"\n")).and_then(|()| out.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(woracle::Error::File { path: "standard output".into(), message: error.to_string() })
+            Err(woracle::Error::io("standard output".as_ref(), &error))
         }
         _ => Ok(()),
     }
@@ -83,18 +83,6 @@ fn list<'a>(names: impl Iterator<Item = &'a str>, as_json: bool) -> woracle::Res
     let names: Vec<_> = names.collect();
     print(&if as_json { serde_json::json!(names).to_string() } else { names.join("\n") })?;
     Ok(Outcome::Good)
-}
-
-/// The one whose name the filter is, or all whose names contain it; `what` says what it is a part of.
-fn choose<T>(all: Vec<T>, filter: &str, name: impl Fn(&T) -> &str, what: &str) -> woracle::Result<Vec<T>> {
-    let exact = all.iter().any(|one| name(one) == filter);
-    let fits = |one: &T| if exact { name(one) == filter } else { name(one).contains(filter) };
-    let chosen: Vec<T> = all.into_iter().filter(fits).collect();
-    if chosen.is_empty() {
-        let expected = format!("part of {what}");
-        return Err(woracle::Error::Unknown { what: "FILTER", expected, found: filter.into() });
-    }
-    Ok(chosen)
 }
 
 /// A progress bar on a terminal; nothing in a pipe.

@@ -52,12 +52,9 @@ struct CaseVerdict {
     file: String,
     verdict: Verdict,
     tensors: Vec<TensorVerdict>,
-    /// The first wrong intermediate or result.
-    first_diverging: Option<String>,
-    /// What explains a failure, best first.
-    diagnosis: Vec<Candidate>,
-    /// What is remarkable about wrong numbers.
-    facts: Vec<String>,
+    /// Empty where nothing is wrong.
+    #[serde(flatten)]
+    diagnosis: Diagnosis,
     /// Why it could not be judged.
     error: Option<String>,
 }
@@ -110,9 +107,9 @@ fn judge(path: &Path, tolerance: Tolerance, bar: &ProgressBar) -> CaseVerdict {
     match diagnose::judge(&file, tolerance) {
         Ok((tensors, diagnosis)) => {
             let verdict = if diagnosis.is_some() { Verdict::Fail } else { Verdict::Pass };
-            let Diagnosis { first_diverging, candidates, facts } = diagnosis.unwrap_or_default();
+            let diagnosis = diagnosis.unwrap_or_default();
             let (name, file) = (file.case.name, path.display().to_string());
-            CaseVerdict { name, file, verdict, tensors, first_diverging, diagnosis: candidates, facts, error: None }
+            CaseVerdict { name, file, verdict, tensors, diagnosis, error: None }
         }
         Err(error) => CaseVerdict { name: file.case.name, ..refuse(path, &error.in_file(path), bar) },
     }
@@ -126,9 +123,7 @@ fn refuse(path: &Path, error: &Error, bar: &ProgressBar) -> CaseVerdict {
         file: path.display().to_string(),
         verdict: Verdict::Error,
         tensors: vec![],
-        first_diverging: None,
-        diagnosis: vec![],
-        facts: vec![],
+        diagnosis: Diagnosis::default(),
         error: Some(error.to_string()),
     }
 }
@@ -161,12 +156,12 @@ fn row(case: &CaseVerdict, tensor: &TensorVerdict) -> [String; 10] {
 
 /// What is to be said of a case that fails, a line each.
 fn explanation(case: &CaseVerdict) -> Vec<String> {
+    let Diagnosis { first_diverging, candidates, facts } = &case.diagnosis;
     let mut lines = vec![];
-    lines.extend(case.first_diverging.as_ref().map(|name| format!("first diverging: {}", printable(name))));
-    let explained = case.diagnosis.first().map(|best| best.residual);
-    let ties = case.diagnosis.iter().take_while(|one| Some(one.residual) == explained).count();
-    for (place, Candidate { id, title, seen, section, residual, runner_up_ratio, .. }) in
-        case.diagnosis.iter().enumerate()
+    lines.extend(first_diverging.as_ref().map(|name| format!("first diverging: {}", printable(name))));
+    let explained = candidates.first().map(|best| best.residual);
+    let ties = candidates.iter().take_while(|one| Some(one.residual) == explained).count();
+    for (place, Candidate { id, title, seen, section, residual, runner_up_ratio, .. }) in candidates.iter().enumerate()
     {
         let how_well = match *residual {
             0.0 => "explains every number".to_string(),
@@ -178,11 +173,11 @@ fn explanation(case: &CaseVerdict) -> Vec<String> {
         lines.push(format!("{}. {id}{tied}: {title}", place + 1));
         lines.push(format!("   {how_well}{ahead}; seen: {seen}; SPEC.md, section {section}"));
     }
-    if case.verdict == Verdict::Fail && case.diagnosis.is_empty() {
+    if case.verdict == Verdict::Fail && candidates.is_empty() {
         lines.push("no known mistake, nor a pair of them, explains these numbers".into());
     }
     if explained != Some(0.0) {
-        lines.extend(case.facts.iter().map(|fact| format!("   {}", printable(fact))));
+        lines.extend(facts.iter().map(|fact| format!("   {}", printable(fact))));
     }
     lines
 }

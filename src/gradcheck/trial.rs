@@ -75,9 +75,9 @@ pub fn check_mistake(
 ) -> Result<Option<CaseReport>> {
     let Some(wrong) = mistaken(subject, &[mistake], case)? else { return Ok(None) };
     let mut results = subject.define(case)?;
-    let expected = subject.roundings(case)?;
+    let mut roundings = subject.roundings(case)?;
     let differs = |(name, wrong): (&String, &ArrayD<f64>)| {
-        let elements = wrong.iter().zip(&results[name]).zip(&expected[name]);
+        let elements = wrong.iter().zip(&results[name]).zip(&roundings[name]);
         elements.into_iter().any(|((wrong, right), expected)| {
             let difference = (wrong - right).abs();
             difference.is_nan() || difference > 1e-9 * expected.size()
@@ -86,9 +86,20 @@ pub fn check_mistake(
     if !wrong.iter().any(differs) {
         return Ok(None);
     }
+    // Results that are larger than the right ones are rounded by as much more.
+    let size = |values: &ArrayD<f64>| values.iter().map(|value| value * value).sum::<f64>().sqrt();
+    for (name, wrong) in &wrong {
+        let larger = size(wrong) / size(&results[name]);
+        if larger > 1.0
+            && larger.is_finite()
+            && let Some(roundings) = roundings.get_mut(name)
+        {
+            roundings.mapv_inplace(|rounding| rounding * Rounded::constant(larger));
+        }
+    }
     results.extend(wrong);
     let forward = mistake.is_in_forward().then_some(&mistake.forward);
-    let mistaken = Mistaken { subject, forward, results };
+    let mistaken = Mistaken { subject, forward, results, roundings };
     // Directions through all elements see what samples miss.
     let options = Options { seed, large: 0, samples: 3, directions: 2 };
     Ok(Some(check(&mistaken, case, options)))
@@ -100,6 +111,8 @@ struct Mistaken {
     /// Its y, where it is another.
     forward: Option<&'static Formula>,
     results: Tensors,
+    /// How they are rounded.
+    roundings: BTreeMap<String, ArrayD<Rounded>>,
 }
 
 impl Subject for Mistaken {
@@ -118,20 +131,8 @@ impl Subject for Mistaken {
     fn define(&self, case: &Case) -> Result<Tensors> {
         self.subject.define(case)
     }
-    fn roundings(&self, case: &Case) -> Result<BTreeMap<String, ArrayD<Rounded>>> {
-        let mut roundings = self.subject.roundings(case)?;
-        for (name, right) in self.subject.define(case)? {
-            // Results that are larger than the right ones are rounded by as much more.
-            let size = |values: &ArrayD<f64>| values.iter().map(|value| value * value).sum::<f64>().sqrt();
-            let larger = size(&self.results[&name]) / size(&right);
-            if larger > 1.0
-                && larger.is_finite()
-                && let Some(roundings) = roundings.get_mut(&name)
-            {
-                roundings.mapv_inplace(|rounding| rounding * Rounded::constant(larger));
-            }
-        }
-        Ok(roundings)
+    fn roundings(&self, _case: &Case) -> Result<BTreeMap<String, ArrayD<Rounded>>> {
+        Ok(self.roundings.clone())
     }
     fn expect(&self, case: &Case, storages: &[Storage]) -> Result<(Tensors, Vec<Tensors>)> {
         self.subject.expect(case, storages)

@@ -23,10 +23,14 @@ pub(crate) struct Spoiling<'a> {
 }
 
 impl Spoiling<'_> {
+    /// What a formula came to, where it has been evaluated.
+    fn known(&self, formula: &Formula) -> Option<Option<Rc<Tensors>>> {
+        self.known.borrow().iter().find(|(other, _)| other == formula).map(|(_, results)| results.clone())
+    }
+
     /// y, the stages of the weight, and the gradients of `<dy, y>` of a formula.
     pub fn evaluate(&self, formula: &Formula) -> Result<Option<Rc<Tensors>>> {
-        let known = self.known.borrow().iter().find(|(other, _)| other == formula).map(|(_, results)| results.clone());
-        if let Some(results) = known {
+        if let Some(results) = self.known(formula) {
             return Ok(results);
         }
         let results = self.at(formula, self.case)?.map(Rc::new);
@@ -36,8 +40,7 @@ impl Spoiling<'_> {
 
     /// y alone.
     pub fn value(&self, formula: &Formula) -> Result<Option<ArrayD<f64>>> {
-        let known = self.known.borrow().iter().find(|(other, _)| other == formula).map(|(_, results)| results.clone());
-        if let Some(results) = known {
+        if let Some(results) = self.known(formula) {
             return Ok(results.map(|results| results["y"].clone()));
         }
         let Some(forward) = (self.formula)(formula, self.case)? else { return Ok(None) };

@@ -126,6 +126,11 @@ pub fn mistake(id: &str) -> Result<&'static Mistake> {
     })
 }
 
+/// The mistakes that can be made in a layer.
+pub fn of_layer(layer: &str) -> impl Iterator<Item = &'static Mistake> {
+    MISTAKES.iter().filter(move |mistake| mistake.layers.contains(&layer))
+}
+
 impl Mistake {
     /// Whether y is another.
     pub fn is_in_forward(&self) -> bool {

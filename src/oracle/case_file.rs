@@ -44,6 +44,16 @@ impl CaseFile {
         Self { case, dtypes }
     }
 
+    /// A case whose numbers are rounded to the one type that its tensors are stored in.
+    pub fn rounded(mut case: Case, dtype: Dtype) -> Self {
+        for tensor in case.tensors.values_mut() {
+            if let Tensor::Float(values) = tensor {
+                values.mapv_inplace(|value| dtype.round(value));
+            }
+        }
+        Self::new(case, dtype)
+    }
+
     /// The type of a tensor.
     pub fn dtype(&self, tensor: &str) -> Dtype {
         self.dtypes.get(tensor).copied().unwrap_or(Dtype::F64)
@@ -85,7 +95,7 @@ impl CaseFile {
 ///
 /// A path that cannot be read, or a directory without a case file.
 pub fn find(path: &Path) -> Result<Vec<PathBuf>> {
-    let failed = |error: std::io::Error| Error::File { path: path.into(), message: error.to_string() };
+    let failed = |error: std::io::Error| Error::io(path, &error);
     if !std::fs::metadata(path).map_err(failed)?.is_dir() {
         return Ok(vec![path.into()]);
     }
@@ -110,7 +120,7 @@ pub fn find(path: &Path) -> Result<Vec<PathBuf>> {
 /// A file that is no safetensors file, holds a type of tensor that is not supported, or lacks the metadata;
 /// each names the file, and the tensor or field where there is one.
 pub fn read(path: &Path) -> Result<CaseFile> {
-    let bytes = std::fs::read(path).map_err(|error| Error::File { path: path.into(), message: error.to_string() })?;
+    let bytes = std::fs::read(path).map_err(|error| Error::io(path, &error))?;
     let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
     parse(&bytes, &stem).map_err(|error| error.in_file(path))
 }

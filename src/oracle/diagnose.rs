@@ -2,12 +2,11 @@
 //! numbers. SPEC.md, section 8.6.
 //!
 //! ```
-//! use woracle::{case::Tensor, mistakes::mistake, registry};
+//! use woracle::{mistakes::mistake, registry};
 //! use woracle::oracle::{CaseFile, Dtype, diagnose::diagnose};
 //! let linear = registry::layer("linear")?;
 //! let mut case = linear.draw(&linear.specs()[0], 0);
-//! let theirs = registry::mistaken(linear, &[mistake("bias-scaled")?], &case)?.expect("it can be made");
-//! case.tensors.extend(theirs.into_iter().map(|(name, values)| (name, Tensor::Float(values))));
+//! case.extend(registry::mistaken(linear, &[mistake("bias-scaled")?], &case)?.expect("it can be made"));
 //! let diagnosis = diagnose(&CaseFile::new(case, Dtype::F64))?;
 //! assert_eq!(diagnosis.candidates[0].ids, ["bias-scaled"]);
 //! # Ok::<(), woracle::Error>(())
@@ -18,7 +17,7 @@ use super::facts::facts;
 use super::verify::{Expected, TensorVerdict, Tolerance, Verdict, expected, first_diverging};
 use crate::Result;
 use crate::case::{Tensor, Tensors};
-use crate::mistakes::{MISTAKES, Mistake, RIGHT, Spoiling, results};
+use crate::mistakes::{Mistake, Spoiling, of_layer, results};
 use crate::registry::{self, with_mistakes};
 use ndarray::ArrayD;
 use serde::Serialize;
@@ -64,6 +63,7 @@ pub struct Diagnosis {
     /// The intermediate or result that is wrong first.
     pub first_diverging: Option<String>,
     /// What explains it, best first; empty where nothing does.
+    #[serde(rename = "diagnosis")]
     pub candidates: Vec<Candidate>,
     /// What is remarkable about the numbers, a line each.
     pub facts: Vec<String>,
@@ -126,15 +126,15 @@ impl<'a> Evidence<'a> {
             Tensor::Int(_) => None,
         });
         let mut evidence = Self { answers: answers.collect(), right: &expected.witnesses[0], unexplained: 0.0 };
-        evidence.unexplained = evidence.weigh(evidence.right, |_| true).0;
+        evidence.unexplained = evidence.weigh(evidence.right).0;
         evidence
     }
 
     /// The largest error over its bound and the root mean square, if these are somebody's results. Somebody may have
     /// recorded right intermediates beside a wrong y, so those speak for a mistake or not at all.
-    fn weigh(&self, theirs: &Tensors, counts: impl Fn(&str) -> bool) -> (f64, f64) {
+    fn weigh(&self, theirs: &Tensors) -> (f64, f64) {
         let (mut most, mut squares, mut count) = (0.0_f64, 0.0, 0);
-        for &(name, actual, bound) in self.answers.iter().filter(|(name, ..)| counts(name)) {
+        for &(name, actual, bound) in &self.answers {
             let Some(wrong) = theirs.get(name).filter(|wrong| wrong.shape() == actual.shape()) else { continue };
             let mut of = errors(actual, wrong, &self.right[name], bound);
             if !(name == "y" || name.starts_with("grad.")) {
@@ -174,7 +174,7 @@ fn errors(actual: &ArrayD<f64>, wrong: &ArrayD<f64>, right: &ArrayD<f64>, bound:
 /// Every mistake that can be made in this case, weighed.
 fn singles(evidence: &Evidence<'_>, spoiling: &Spoiling<'_>) -> Result<Vec<Candidate>> {
     let mut candidates = vec![];
-    for mistake in known(spoiling) {
+    for mistake in of_layer(&spoiling.case.layer) {
         candidates.extend(candidate(&[mistake], evidence, spoiling)?);
     }
     Ok(candidates)
@@ -182,26 +182,19 @@ fn singles(evidence: &Evidence<'_>, spoiling: &Spoiling<'_>) -> Result<Vec<Candi
 
 /// Two mistakes at once. Where y is one of the answers, only those are computed in full that explain it.
 fn pairs(evidence: &Evidence<'_>, spoiling: &Spoiling<'_>) -> Result<Vec<Candidate>> {
-    let known: Vec<&Mistake> = known(spoiling).collect();
+    let known: Vec<&Mistake> = of_layer(&spoiling.case.layer).collect();
     let mut candidates = vec![];
     for (at, &one) in known.iter().enumerate() {
         for &other in &known[at + 1..] {
             let Some(forward) = one.forward.and(&other.forward) else { continue };
-            let both_forward = one.forward != RIGHT && other.forward != RIGHT;
-            let y = match (both_forward, spoiling.value(&forward)?) {
-                (_, None) => continue,
-                (_, Some(y)) => evidence.weigh(&Tensors::from([("y".into(), y)]), |name| name == "y").0,
-            };
+            let Some(y) = spoiling.value(&forward)? else { continue };
+            let y = evidence.weigh(&Tensors::from([("y".into(), y)])).0;
             if y < EXPLAINS * evidence.unexplained || y == 0.0 {
                 candidates.extend(candidate(&[one, other], evidence, spoiling)?);
             }
         }
     }
     Ok(candidates)
-}
-
-fn known<'a>(spoiling: &'a Spoiling<'_>) -> impl Iterator<Item = &'static Mistake> + 'a {
-    MISTAKES.iter().filter(|mistake| mistake.layers.contains(&spoiling.case.layer.as_str()))
 }
 
 /// How well these mistakes explain a case; `None` where they cannot be made.
@@ -211,7 +204,7 @@ fn candidate(
     spoiling: &Spoiling<'_>,
 ) -> Result<Option<Candidate>> {
     let Some(theirs) = results(mistakes, spoiling)? else { return Ok(None) };
-    let (residual, misfit) = evidence.weigh(&theirs, |_| true);
+    let (residual, misfit) = evidence.weigh(&theirs);
     let join = |of: fn(&Mistake) -> &'static str, between: &str| {
         mistakes.iter().map(|mistake| of(mistake)).collect::<Vec<_>>().join(between)
     };

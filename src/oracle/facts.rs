@@ -4,7 +4,6 @@
 use super::verify::{Expected, TensorVerdict, Verdict};
 use super::{CaseFile, Dtype};
 use crate::case::{Tensor, unravel};
-use crate::mistakes::Parameter;
 use ndarray::{ArrayD, Axis};
 use std::collections::BTreeMap;
 
@@ -53,16 +52,16 @@ impl Failed<'_> {
         self.actual.iter().zip(self.expected.iter().zip(self.bound))
     }
 
-    /// The one factor between all elements, where there is one other than 1.
-    fn ratio<'e>(&self, elements: impl Iterator<Item = (&'e f64, (&'e f64, &'e f64))> + Clone) -> Option<f64> {
+    /// The one factor between all elements, where there is one and they are wrong.
+    fn ratio(&self) -> Option<f64> {
         // By the largest element, whose ratio is the surest.
-        let largest = elements.clone().max_by(|a, b| a.1.0.abs().total_cmp(&b.1.0.abs()))?;
-        let ratio = largest.0 / largest.1.0;
+        let (actual, (expected, _)) = self.elements().max_by(|a, b| a.1.0.abs().total_cmp(&b.1.0.abs()))?;
+        let ratio = actual / expected;
         let all = |(actual, (expected, bound)): (&f64, (&f64, &f64))| {
             (actual - ratio * expected).abs() <= 4.0 * ratio.abs().max(1.0) * bound
         };
-        (ratio.is_finite() && elements.clone().all(all) && elements.clone().any(|one| self.is_wrong(one)))
-            .then_some(ratio)
+        let one = ratio.is_finite() && self.elements().all(all) && self.elements().any(|one| self.is_wrong(one));
+        one.then_some(ratio)
     }
 
     /// Whether other numbers are the answer.
@@ -105,7 +104,7 @@ fn as_narrow(failed: &Failed<'_>, file: &CaseFile) -> Option<String> {
 }
 
 fn constant_ratio(failed: &Failed<'_>) -> Option<String> {
-    let ratio = failed.ratio(failed.elements().collect::<Vec<_>>().into_iter())?;
+    let ratio = failed.ratio()?;
     Some(format!("every element is {ratio:.6} times what it should be"))
 }
 
@@ -120,7 +119,7 @@ fn constant_ratio_along_an_axis(failed: &Failed<'_>) -> Option<String> {
                 if one.is(&expected) {
                     return Some(1.0);
                 }
-                one.ratio(one.elements().collect::<Vec<_>>().into_iter())
+                one.ratio()
             })
             .collect();
         let ratios = ratios?;
@@ -176,8 +175,8 @@ fn where_wrong(failed: &Failed<'_>, file: &CaseFile) -> Option<String> {
         let mut counts: BTreeMap<usize, usize> = BTreeMap::new();
         ids.iter().for_each(|&id| *counts.entry(id as usize).or_default() += 1);
         // W0's rows are ids, A's columns are.
-        let lora_a = format!("grad.{}", Parameter::LoraA.name(["lora_embedding_A", ""]));
-        let axis = [("grad.base.weight", 0), (lora_a.as_str(), 1)].into_iter().find(|(name, _)| *name == failed.name);
+        let axis =
+            [("grad.base.weight", 0), ("grad.lora_embedding_A", 1)].into_iter().find(|(name, _)| *name == failed.name);
         if let Some((_, axis)) = axis {
             let repeats = |index: &Vec<usize>| counts.get(&index[axis]).is_some_and(|&count| count > 1);
             if wrong.iter().all(repeats) {

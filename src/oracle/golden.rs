@@ -13,13 +13,12 @@
 //! ```
 
 use super::case_file::FORMAT;
-use super::verify::{SLACK, Tolerance, expected};
+use super::verify::{SLACK, Tolerance, Verdict, expected};
 use super::{CaseFile, Dtype};
-use crate::case::{Case, Tensor};
+use crate::Result;
 use crate::cases::{Spec, Twist};
-use crate::mistakes::{MISTAKES, results};
-use crate::registry::{LAYERS, Subject, with_mistakes};
-use crate::{Error, Result};
+use crate::mistakes::{of_layer, results};
+use crate::registry::{Subject, choose, specs, with_mistakes};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
@@ -119,26 +118,19 @@ fn is_written(spec: &Spec, dtype: Dtype) -> bool {
 ///
 /// A filter that selects nothing.
 pub fn cases(filter: &str, options: Options) -> Result<impl ExactSizeIterator<Item = Result<(Entry, Vec<u8>)>>> {
-    let all = LAYERS.iter().flat_map(|&layer| layer.specs().iter().map(move |spec| (layer, spec)));
-    let written: Vec<_> = all.filter(|(_, spec)| is_written(spec, options.dtype)).collect();
-    let exact = written.iter().any(|(_, spec)| spec.name == filter);
-    let fits = |spec: &Spec| if exact { spec.name == filter } else { spec.name.contains(filter) };
-    let chosen: Vec<_> = written.into_iter().filter(|(_, spec)| fits(spec)).collect();
-    if chosen.is_empty() {
-        let expected = "part of a case's name (wora check --list)".into();
-        return Err(Error::Unknown { what: "FILTER", expected, found: filter.into() });
-    }
+    let written = specs().filter(|(_, spec)| is_written(spec, options.dtype)).collect();
+    let chosen = choose(written, filter, |(_, spec)| spec.name, "a case's name (wora check --list)")?;
     Ok(chosen.into_iter().map(move |(layer, spec)| one(layer, spec, options)))
 }
 
 fn one(layer: &'static dyn Subject, spec: &Spec, options: Options) -> Result<(Entry, Vec<u8>)> {
     let Options { dtype, seed, answers } = options;
-    let blind = rounded(layer.draw(spec, seed), dtype);
-    let mut answered = blind.clone();
-    answered.tensors.extend(layer.define(&blind)?.into_iter().map(|(name, values)| (name, Tensor::Float(values))));
-    let answered = CaseFile::new(rounded(answered, dtype), dtype);
+    let blind = CaseFile::rounded(layer.draw(spec, seed), dtype);
+    let mut case = blind.case.clone();
+    case.extend(layer.define(&case)?);
+    let answered = CaseFile::rounded(case, dtype);
     let catches = catches(layer, &answered)?;
-    let file = if answers { answered } else { CaseFile::new(blind, dtype) };
+    let file = if answers { answered } else { blind };
     let bytes = file.to_bytes();
     let entry = Entry {
         file: format!("{}.safetensors", spec.name),
@@ -155,31 +147,18 @@ fn one(layer: &'static dyn Subject, spec: &Spec, options: Options) -> Result<(En
     Ok((entry, bytes))
 }
 
-/// The case with every number rounded to a type.
-fn rounded(mut case: Case, dtype: Dtype) -> Case {
-    for tensor in case.tensors.values_mut() {
-        if let Tensor::Float(values) = tensor {
-            values.mapv_inplace(|value| dtype.round(value));
-        }
-    }
-    case
-}
-
-/// The mistakes whose results, rounded to the file's types, lie beyond its bounds.
+/// The mistakes whose results, rounded to the file's type, are rejected.
 fn catches(layer: &dyn Subject, file: &CaseFile) -> Result<Vec<&'static str>> {
     let expected = expected(file, Tolerance::default())?;
     with_mistakes(layer, &file.case, |spoiling| {
         let mut caught = vec![];
-        for mistake in MISTAKES.iter().filter(|mistake| mistake.layers.contains(&layer.name())) {
+        for mistake in of_layer(layer.name()) {
             let Some(theirs) = results(&[mistake], spoiling)? else { continue };
-            let beyond = theirs.iter().any(|(name, wrong)| {
-                let (right, bound) = (&expected.witnesses[0][name], &expected.bounds[name]);
-                wrong.iter().zip(right).zip(bound).any(|((&wrong, right), bound)| {
-                    let error = (file.dtype(name).round(wrong) - right).abs();
-                    error.is_nan() || error > *bound
-                })
-            });
-            caught.extend(beyond.then_some(mistake.id));
+            let mut case = file.case.clone();
+            case.extend(theirs);
+            let judged = expected.judge(&CaseFile::rounded(case, file.dtype("y")));
+            let rejected = judged.iter().any(|tensor| tensor.verdict != Verdict::Pass);
+            caught.extend(rejected.then_some(mistake.id));
         }
         Ok(caught)
     })

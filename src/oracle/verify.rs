@@ -19,7 +19,7 @@ use crate::registry;
 use crate::{Error, Result};
 use ndarray::ArrayD;
 use serde::Serialize;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// How many times the rounding error to expect an answer may be off, and the oracle beside it.
 pub const SLACK: f64 = 4.0;
@@ -119,16 +119,17 @@ pub fn first_diverging(tensors: &[TensorVerdict]) -> Option<&str> {
 pub(super) fn expected(file: &CaseFile, tolerance: Tolerance) -> Result<Expected> {
     let case = &file.case;
     let layer = registry::layer(&case.layer)?;
-    let dtypes: BTreeSet<Dtype> = answers(case, layer)?.into_iter().map(|name| file.dtype(name)).collect();
-    let dtypes: Vec<Dtype> = dtypes.into_iter().collect();
+    let answers = answers(case, layer)?;
+    let dtypes: BTreeSet<Dtype> = answers.iter().map(|name| file.dtype(name)).collect();
     let storages: Vec<_> = dtypes.iter().map(|dtype| dtype.storage()).collect();
     let (produced, roundings) = layer.expect(case, &storages)?;
+    let roundings: BTreeMap<Dtype, Tensors> = dtypes.into_iter().zip(roundings).collect();
     let mut witnesses = vec![produced];
     if layer.terms(case)? <= DEFINED {
         witnesses.push(layer.define(case)?);
     }
     let mut bounds = Tensors::new();
-    for name in answers(case, layer)? {
+    for name in answers {
         let Some(expected) = witnesses[0].get(name) else {
             if name.starts_with("grad.") && !case.tensors.contains_key("grad.y") {
                 let expected = format!("the cotangent, as there is {name}");
@@ -146,7 +147,6 @@ pub(super) fn expected(file: &CaseFile, tolerance: Tolerance) -> Result<Expected
             check_finite(&format!("the oracle's {name}"), witness[name].view())?; // C2
         }
         let dtype = file.dtype(name);
-        let place = dtypes.iter().position(|&other| other == dtype).expect("the type of an answer");
         let bound = match tolerance {
             Tolerance { rtol: None, atol: None } if case.settings.get("tier") == Some(&"exact".into()) => {
                 ArrayD::zeros(expected.raw_dim())
@@ -154,7 +154,7 @@ pub(super) fn expected(file: &CaseFile, tolerance: Tolerance) -> Result<Expected
             Tolerance { rtol: None, atol: None } => {
                 let unit = SLACK * (dtype.unit_roundoff() + Dtype::F64.unit_roundoff());
                 let least = dtype.smallest_subnormal() / 2.0;
-                roundings[place][name].mapv(|rounding| unit * rounding + least)
+                roundings[&dtype][name].mapv(|rounding| unit * rounding + least)
             }
             Tolerance { rtol, atol } => {
                 let (rtol, atol) = (rtol.unwrap_or(0.0), atol.unwrap_or(0.0));
@@ -181,7 +181,7 @@ fn answers<'a>(case: &'a Case, layer: &dyn registry::Subject) -> Result<Vec<&'a 
     Ok(answers)
 }
 
-pub(super) fn judge<'a>(
+fn judge<'a>(
     name: &str,
     actual: &ArrayD<f64>,
     witnesses: impl Iterator<Item = &'a ArrayD<f64>>,

@@ -57,7 +57,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
             of.as_ref().map(|of| Zip::from(relative).and(of).map_collect(|&relative, &of| relative.sqrt() * of.abs()))
         };
         let gradients = results.gradients.as_ref().zip(dy);
-        let gradients = gradients.map(|(gradients, dy)| passes.gradients(dy, gradients, root)).transpose()?;
+        let gradients = gradients.map(|(gradients, dy)| passes.gradients(dy, gradients, root));
         Ok(Evaluation {
             y: root(passes.y(&results.y)),
             weighted: results.weighted.as_ref().map(|_| stored(weights.weighted_error.clone())),
@@ -275,7 +275,7 @@ impl<'x, O: Operator, T: Scalar> Passes<'_, 'x, O, T> {
         dy: ArrayViewD<'_, T>,
         values: &Gradients<T>,
         root: impl Fn(ArrayD<T>) -> ArrayD<T>,
-    ) -> Result<Gradients<T>> {
+    ) -> Gradients<T> {
         let w = self.weights;
         let &Weights { layer, tiny_sq, beta, gamma, .. } = w;
         let Outputs { base: p, lora: u, mixed: z } = &self.outputs;
@@ -290,7 +290,6 @@ impl<'x, O: Operator, T: Scalar> Passes<'_, 'x, O, T> {
         let (gain_out, gain_in) = (w.gains_of(NormAxis::Output), w.gains_of(NormAxis::Input));
         let unit = |values: &Array1<T>| values.to_owned().insert_axis(Axis(1)).insert_axis(Axis(0));
         let g_sq = square(&w.gain);
-        let none = Array1::zeros(0);
 
         // dW', and what is made of it.
         let dmerged = whole.adjoint_weight(x, dy.view());
@@ -307,7 +306,7 @@ impl<'x, O: Operator, T: Scalar> Passes<'_, 'x, O, T> {
             looked_up_error *= &square(fraction);
         }
 
-        let (mut magnitude, mut norm_weight, mut norm_weight_error) = (None, none.clone(), none);
+        let (mut magnitude, mut norm_weight_error) = (None, Array1::zeros(0));
         if let Some(direction) = &w.direction {
             let c = w.sum(&(&dmerged * &w.weighted)); // E27
             let apart = &dmerged_error * &square(&w.weighted) + square(&dmerged) * &w.weighted_error;
@@ -340,7 +339,6 @@ impl<'x, O: Operator, T: Scalar> Passes<'_, 'x, O, T> {
                 dweighted_error += &through; // E67
                 looked_up_error += &through; // E67
                 dweighted += &(&at * &w.weighted);
-                norm_weight = k;
             }
         }
         // The square of a contraction over each norm's elements that the errors of g and of k share.
@@ -349,7 +347,7 @@ impl<'x, O: Operator, T: Scalar> Passes<'_, 'x, O, T> {
             if w.direction.is_some() {
                 error = square(&w.sum(&(&direct * &other))) * &w.gain_error;
             }
-            if !norm_weight.is_empty() {
+            if !norm_weight_error.is_empty() {
                 error += &(square(&w.sum(&(&w.weighted * &other))) * &norm_weight_error);
             }
             error.sum()
@@ -428,7 +426,7 @@ impl<'x, O: Operator, T: Scalar> Passes<'_, 'x, O, T> {
         });
         let x = values.x.as_ref().map(|value| root(self.dx(dy.view(), value, &t, &t_error)));
         let scalar = |error: Option<T>| error.map(|error| ArrayD::from_elem(vec![], error.sqrt()));
-        Ok(Gradients {
+        Gradients {
             x,
             weight,
             bias,
@@ -441,7 +439,7 @@ impl<'x, O: Operator, T: Scalar> Passes<'_, 'x, O, T> {
                 alpha: scalar(alpha),
                 beta: scalar(beta_error),
             },
-        })
+        }
     }
 
     /// Of dx; `t` is `H B` and `t_error` its error. E73
