@@ -186,3 +186,16 @@ fn a_case_that_is_too_large_says_so() {
     let facts = diagnose(&file).expect("a diagnosis").facts;
     assert!(facts[0].contains("1.5") && facts[1].contains("too large"), "{facts:?}");
 }
+
+#[test]
+fn where_nothing_explains_an_exact_case_nothing_is_named() {
+    let subject = layer("linear").expect("linear");
+    let spec = subject.specs().iter().find(|spec| spec.name == "linear-exact").expect("a case");
+    let mut case = subject.draw(spec, SEED);
+    let mut right = subject.define(&case).expect("answers");
+    right.get_mut("y").expect("y")[[0, 1]] += 3.0;
+    case.extend(right);
+    let diagnosis = diagnose(&CaseFile::new(case, Dtype::F64)).expect("a diagnosis");
+    let ids: Vec<_> = diagnosis.candidates.iter().map(|candidate| candidate.id.as_str()).collect();
+    assert_eq!((ids, diagnosis.facts.len()), (vec![], 1));
+}

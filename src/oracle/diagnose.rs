@@ -121,7 +121,7 @@ struct Evidence<'a> {
 
 impl<'a> Evidence<'a> {
     fn new(file: &'a CaseFile, expected: &'a Expected) -> Self {
-        let answers = expected.bounds.iter().filter_map(|(name, bound)| match &file.case.tensors[name] {
+        let answers = expected.bounds_of_mistakes().iter().filter_map(|(name, bound)| match &file.case.tensors[name] {
             Tensor::Float(actual) => Some((name.as_str(), actual, bound)),
             Tensor::Int(_) => None,
         });

@@ -84,7 +84,10 @@ pub struct TensorVerdict {
 pub(super) struct Expected {
     /// By the production path, and where that is not too slow by the definition.
     pub witnesses: Vec<Tensors>,
+    /// What an answer is judged by.
     pub bounds: Tensors,
+    /// The bounds by rounding of a case whose right answers are exact.
+    roundings: Tensors,
 }
 
 impl Expected {
@@ -95,6 +98,11 @@ impl Expected {
             judge(name, actual, self.witnesses.iter().map(|witness| &witness[name]), bound, file.dtype(name))
         };
         self.bounds.iter().map(one).collect()
+    }
+
+    /// How far off the answers may be of somebody who makes a mistake: they are not exact where the right ones are.
+    pub fn bounds_of_mistakes(&self) -> &Tensors {
+        if self.roundings.is_empty() { &self.bounds } else { &self.roundings }
     }
 }
 
@@ -128,7 +136,8 @@ pub(super) fn expected(file: &CaseFile, tolerance: Tolerance) -> Result<Expected
     if layer.terms(case)? <= DEFINED {
         witnesses.push(layer.define(case)?);
     }
-    let mut bounds = Tensors::new();
+    let (mut bounds, mut exact) = (Tensors::new(), Tensors::new());
+    let is_exact = case.settings.get("tier") == Some(&"exact".into());
     for name in answers {
         let Some(expected) = witnesses[0].get(name) else {
             if name.starts_with("grad.") && !case.tensors.contains_key("grad.y") {
@@ -147,15 +156,17 @@ pub(super) fn expected(file: &CaseFile, tolerance: Tolerance) -> Result<Expected
             check_finite(&format!("the oracle's {name}"), witness[name].view())?; // C2
         }
         let dtype = file.dtype(name);
+        let rounding = || {
+            let unit = SLACK * (dtype.unit_roundoff() + Dtype::F64.unit_roundoff());
+            let least = dtype.smallest_subnormal() / 2.0;
+            roundings[&dtype][name].mapv(|rounding| unit * rounding + least)
+        };
         let bound = match tolerance {
-            Tolerance { rtol: None, atol: None } if case.settings.get("tier") == Some(&"exact".into()) => {
+            Tolerance { rtol: None, atol: None } if is_exact => {
+                exact.insert(name.into(), rounding());
                 ArrayD::zeros(expected.raw_dim())
             }
-            Tolerance { rtol: None, atol: None } => {
-                let unit = SLACK * (dtype.unit_roundoff() + Dtype::F64.unit_roundoff());
-                let least = dtype.smallest_subnormal() / 2.0;
-                roundings[&dtype][name].mapv(|rounding| unit * rounding + least)
-            }
+            Tolerance { rtol: None, atol: None } => rounding(),
             Tolerance { rtol, atol } => {
                 let (rtol, atol) = (rtol.unwrap_or(0.0), atol.unwrap_or(0.0));
                 expected.mapv(|expected| atol + rtol * expected.abs())
@@ -167,7 +178,7 @@ pub(super) fn expected(file: &CaseFile, tolerance: Tolerance) -> Result<Expected
         let expected = format!("an answer: grad.* or {}", STAGES.join(", "));
         return Err(Error::Missing { tensor: "y".into(), expected }); // C7
     }
-    Ok(Expected { witnesses, bounds })
+    Ok(Expected { witnesses, bounds, roundings: exact })
 }
 
 /// The tensors of a case that are no inputs.
