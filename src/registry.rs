@@ -13,8 +13,8 @@ use crate::mistakes::{Anchor, Evaluated, Formula, FormulaResults, Mistake, Spoil
 use crate::operators::{Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operator};
 use crate::traced::Traced;
 use crate::wora::{
-    Adapter, Base, Config, Definition, Evaluation, Gradients, Layer, Method, NormGradient, RequiresGrad, SCALE_NAMES,
-    Storage, as_matrix, check_mask,
+    Adapter, Base, Cache, Config, Definition, Evaluation, Gradients, Layer, Method, NormGradient, RequiresGrad,
+    SCALE_NAMES, Storage, as_matrix, check_mask,
 };
 use crate::{Counted, Dual, DualForward, Error, Real, Result, Rounded, Scalar};
 use ndarray::{Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Axis, Zip};
@@ -232,25 +232,27 @@ impl<O: Operator> Adapted<O> {
         }
     }
 
-    /// Everything by the production path; of the weights, and of the gradients beside the adapter's, what is wanted.
-    fn produce<T: Scalar>(parts: &Parts<O, T>, wanted: impl Fn(&str) -> bool) -> Result<Evaluation<T>> {
+    /// Everything by the production path, and what its forward kept; of the weights, and of the gradients beside the
+    /// adapter's, what is wanted.
+    fn produce<T: Scalar>(
+        parts: &Parts<O, T>,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<(Evaluation<T>, Cache<'static, O, T>)> {
         let Parts { layer, x, mask, dy } = parts;
         let (y, cache) = layer.forward(x.clone(), mask.as_ref().map(|values| values.view()))?;
         let requires_grad =
             RequiresGrad { x: wanted("grad.x"), weight: wanted("grad.base.weight"), bias: wanted("grad.base.bias") };
-        let (weight_norm, gain) = match (wanted("weight_norm") || wanted("gain")).then(|| layer.direction()) {
-            Some(direction) => direction?.map(|direction| (direction.weight_norm, direction.gain)).unzip(),
-            None => (None, None),
-        };
-        let gradients = dy.as_ref().map(|dy| layer.backward(cache, dy.view(), requires_grad)).transpose()?;
+        let gradients = dy.as_ref().map(|dy| layer.gradients(&cache, dy.view(), requires_grad)).transpose()?;
+        let norms = cache.direction().map(|direction| (direction.weight_norm.clone(), direction.gain.clone()));
+        let (weight_norm, gain) = norms.unzip();
+        let weighted = wanted("weighted").then(|| layer.weighted());
         let merged = wanted("merged_weight").then(|| layer.merge()).transpose()?;
-        let (weighted, merged_weight) =
-            (wanted("weighted").then(|| layer.weighted()), merged.map(|merged| merged.weight));
-        Ok(Evaluation { y, weighted, weight_norm, gain, merged_weight, gradients })
+        let merged_weight = merged.map(|merged| merged.weight);
+        Ok((Evaluation { y, weighted, weight_norm, gain, merged_weight, gradients }, cache))
     }
 
     fn run<T: Scalar>(case: &Case) -> Result<Tensors> {
-        Ok(Self::tensors(Self::produce(&Self::parts::<T>(case)?, |_| true)?, T::as_f64))
+        Ok(Self::tensors(Self::produce(&Self::parts::<T>(case)?, |_| true)?.0, T::as_f64))
     }
 
     /// Hands the definition of a case, on numbers made of f64 by `lift`, and the cotangent to `run`.
@@ -338,18 +340,14 @@ impl<O: Operator> Subject for Adapted<O> {
     }
     fn expect(&self, case: &Case, storages: &[Storage]) -> Result<(Tensors, Vec<Tensors>)> {
         let parts = Self::parts::<f64>(case)?;
-        let results = Self::produce(&parts, |name| case.tensors.contains_key(name))?;
-        let Parts { layer, x, mask, dy } = &parts;
+        let (results, cache) = Self::produce(&parts, |name| case.tensors.contains_key(name))?;
         let answers = |evaluation| -> Tensors {
             let all = Self::tensors(evaluation, |value| value);
             all.into_iter().filter(|(name, _)| case.tensors.contains_key(name)).collect()
         };
-        let errors = storages.iter().map(|&storage| {
-            let mask = mask.as_ref().map(|values| values.view());
-            let dy = dy.as_ref().map(|values| values.view());
-            Ok(answers(layer.rounding(x, mask, dy, &results, storage)?))
-        });
-        let errors = errors.collect::<Result<_>>()?;
+        let dy = parts.dy.as_ref().map(|values| values.view());
+        let rounding = |&storage: &Storage| answers(parts.layer.rounding(&cache, dy.clone(), &results, storage));
+        let errors = storages.iter().map(rounding).collect();
         Ok((answers(results), errors))
     }
     fn terms(&self, case: &Case) -> Result<usize> {

@@ -88,6 +88,9 @@ impl<T> Input<T> for Ids {
     fn values(&self) -> Option<ArrayViewD<'_, T>> {
         None
     }
+    fn ids(&self) -> Option<ArrayViewD<'_, i64>> {
+        Some(self.0.view())
+    }
     fn from_values(_values: ArrayD<T>) -> Option<Self> {
         None
     }

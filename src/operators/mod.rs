@@ -25,6 +25,10 @@ use ndarray::{Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD, Slice}
 pub trait Input<T>: Clone + Send + Sync {
     /// The values; `None` for ids, which have no gradient and take no mask.
     fn values(&self) -> Option<ArrayViewD<'_, T>>;
+    /// The ids; `None` for values.
+    fn ids(&self) -> Option<ArrayViewD<'_, i64>> {
+        None
+    }
     /// An input that holds these values; `None` where only ids will do.
     fn from_values(values: ArrayD<T>) -> Option<Self>;
     /// An input that holds these ids; `None` where only values will do.

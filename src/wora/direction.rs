@@ -186,6 +186,11 @@ impl<T: Scalar> Direction<T> {
         }
     }
 
+    /// `V right^T`: `[rows, rank / groups]`
+    pub(crate) fn weighted_right(&self, factors: &Factors<'_, T>) -> Array2<T> {
+        &self.cross * factors.beta + &self.mixed * (factors.alpha * factors.scaling)
+    }
+
     /// What `dV = diag(k) V` adds to the gradients of left, right, alpha and beta.
     pub(crate) fn adjoint(&self, k: ArrayView1<'_, T>, factors: &Factors<'_, T>) -> NormPath<T> {
         let (beta, gamma) = (factors.beta, factors.alpha * factors.scaling);
@@ -199,8 +204,7 @@ impl<T: Scalar> Direction<T> {
             path.dalpha += factors.scaling * k * (beta * self.base_delta[i] + gamma * self.delta_sq[i]); // E32
             path.dbeta += k * (beta * factors.base_sq[i] + gamma * self.base_delta[i]); // E33
         }
-        let v_right = &self.cross * beta + &self.mixed * gamma; // V right^T
-        path.d_left.assign(&(v_right * k.insert_axis(Axis(1)) * gamma)); // E34
+        path.d_left.assign(&(self.weighted_right(factors) * k.insert_axis(Axis(1)) * gamma)); // E34
         for q in 0..factors.groups {
             let (f, range) = factors.group(q);
             let k_left = &f.left * &k.slice_axis(Axis(0), range).insert_axis(Axis(1));

@@ -26,17 +26,17 @@ use ndarray::{Array1, Array2, Array3, ArrayD, ArrayView1, ArrayView3, ArrayViewD
 #[derive(Debug)]
 pub struct Cache<'x, O: Operator, T: Scalar> {
     /// x, as it was given.
-    x: O::Input<'x, T>,
+    pub(super) x: O::Input<'x, T>,
     /// The mask, in the shape of x, and `x~ = mask x`.
-    dropped: Option<(ArrayD<T>, O::Input<'x, T>)>,
+    pub(super) dropped: Option<(ArrayD<T>, O::Input<'x, T>)>,
     /// `u = g_in x~`, where the gain acts on input columns.
     gained: Option<O::Input<'x, T>>,
     /// `P = op(u, W0)`: `[outer, units, inner]`
-    base_output: Array3<T>,
+    pub(super) base_output: Array3<T>,
     /// `U = op(u, A)`: `[outer, rank, inner]`
-    lora_output: Array3<T>,
+    pub(super) lora_output: Array3<T>,
     /// Norms and gains; `None` for LoRA.
-    direction: Option<Direction<T>>,
+    pub(super) direction: Option<Direction<T>>,
     /// The shape of y.
     output_shape: Vec<usize>,
 }
@@ -77,8 +77,12 @@ pub struct Gradients<E> {
 }
 
 impl<'x, O: Operator, T: Scalar> Cache<'x, O, T> {
+    /// Norms and gains; `None` for LoRA.
+    pub(crate) fn direction(&self) -> Option<&Direction<T>> {
+        self.direction.as_ref()
+    }
     /// `x~`: what meets the adapted weight.
-    fn adapted_input(&self) -> &O::Input<'x, T> {
+    pub(super) fn adapted_input(&self) -> &O::Input<'x, T> {
         self.dropped.as_ref().map_or(&self.x, |(_, masked)| masked)
     }
     /// u: what the operator was applied to.
@@ -181,6 +185,16 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         dy: ArrayViewD<'_, T>,
         requires_grad: RequiresGrad,
     ) -> Result<Gradients<T>> {
+        self.gradients(&cache, dy, requires_grad)
+    }
+
+    /// [`Layer::backward`] of what is looked at once more afterwards.
+    pub(crate) fn gradients(
+        &self,
+        cache: &Cache<'_, O, T>,
+        dy: ArrayViewD<'_, T>,
+        requires_grad: RequiresGrad,
+    ) -> Result<Gradients<T>> {
         check_shape("grad.y", &cache.output_shape, dy.shape())?; // C1
         let groups = self.operator.groups();
         let (beta, gamma, scaling) = (self.beta(), self.alpha() * self.scaling(), self.scaling());
@@ -207,13 +221,13 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
                 self.operator.adjoint_input(cache.u(), &pairs) // E25
             })
             .flatten();
-        let mut weight = requires_grad.weight.then(|| self.adjoint_weight(&cache, dy.view(), h_beta.view()));
+        let mut weight = requires_grad.weight.then(|| self.adjoint_weight(cache, dy.view(), h_beta.view()));
 
         let mut magnitude = None;
         if let Some(direction) = &cache.direction {
             let dgain = match self.config.norm_axis {
                 NormAxis::Output => &p * beta + &z * gamma, // E27
-                NormAxis::Input => column_products(&cache, du.as_ref().expect("features")), // E27
+                NormAxis::Input => column_products(cache, du.as_ref().expect("features")), // E27
             };
             magnitude = Some(direction.dmagnitude(dgain.view())); // E28
             if self.config.norm_gradient == NormGradient::Full {
@@ -238,7 +252,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
             }
         }
 
-        let x = du.filter(|_| requires_grad.x).map(|du| self.adjoint_x(&cache, dy.view(), du, gain_in));
+        let x = du.filter(|_| requires_grad.x).map(|du| self.adjoint_x(cache, dy.view(), du, gain_in));
         let stored = |tensor: &ArrayD<T>, gradient: Array2<T>| {
             let standard = gradient.as_standard_layout().into_owned();
             standard.into_shape_with_order(tensor.shape()).expect("as many as the tensor has")
