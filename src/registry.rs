@@ -10,7 +10,9 @@ use crate::case::{Case, Tensor, Tensors};
 use crate::cases::{CONV1D, CONV2D, CONV3D, EMBEDDING, LINEAR, Spec, Twist, draw};
 use crate::error::check_shape;
 use crate::mistakes::{Anchor, Evaluated, Formula, FormulaResults, Mistake, Spoiling, TracedForward, results};
-use crate::operators::{Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operator};
+use crate::operators::{
+    Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operator, PARALLEL_ELEMENTS, in_standard_layout,
+};
 use crate::traced::Traced;
 use crate::wora::{
     Adapter, Base, Cache, Config, Definition, Evaluation, Gradients, Layer, Method, NormGradient, RequiresGrad,
@@ -210,7 +212,10 @@ impl<O: Operator> Adapted<O> {
     }
 
     fn parts<T: Scalar>(case: &Case) -> Result<Parts<O, T>> {
-        let cast = |values: &ArrayD<f64>| values.mapv(T::from_f64);
+        let cast = |values: &ArrayD<f64>| match values.len() {
+            PARALLEL_ELEMENTS.. => Zip::from(values).par_map_collect(|&value| T::from_f64(value)),
+            _ => values.mapv(T::from_f64),
+        };
         let config = Self::config(case)?;
         let weight = case.values("base.weight")?;
         let operator = O::from_weight_shape(case.settings()?, weight.shape())?;
@@ -301,6 +306,12 @@ impl<O: Operator> Adapted<O> {
 
     /// Results under their names in a case file.
     fn tensors<E: Copy, N>(evaluation: Evaluation<E>, read: impl Fn(E) -> N) -> BTreeMap<String, ArrayD<N>> {
+        // Numbers that stay what they are stay where they are.
+        let read = |values: ArrayD<E>| {
+            let shape = values.shape().to_vec();
+            let values = in_standard_layout(values).into_raw_vec_and_offset().0;
+            ArrayD::from_shape_vec(shape, values.into_iter().map(&read).collect()).expect("as many elements")
+        };
         let Evaluation { y, weighted, weight_norm, gain, merged_weight, gradients } = evaluation;
         let weights = [("y", Some(y)), ("weighted", weighted), ("merged_weight", merged_weight)];
         let norms = [("weight_norm", weight_norm), ("gain", gain)];
@@ -313,7 +324,7 @@ impl<O: Operator> Adapted<O> {
             let adapter = adapter.named(O::LORA_NAMES).into_iter();
             named.extend(adapter.map(|(name, values)| (format!("grad.{name}"), values.to_owned())));
         }
-        named.into_iter().map(|(name, values)| (name, values.mapv(&read))).collect()
+        named.into_iter().map(|(name, values)| (name, read(values))).collect()
     }
 }
 

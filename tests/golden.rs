@@ -166,3 +166,16 @@ fn the_schemas_are_json_and_name_every_field() {
         assert!(schema["properties"].get(field).is_some(), "{field}");
     }
 }
+
+#[test]
+fn a_large_file_is_read_as_it_was_written() {
+    let linear = layer("linear").expect("linear");
+    let mut case = linear.draw(&linear.specs()[0], 0);
+    let values = ndarray::ArrayD::from_shape_fn(vec![1500, 1999], |at| (at[0] * 1999 + at[1]) as f64);
+    case.extend(BTreeMap::from([("x".to_string(), values)]));
+    let file = CaseFile::new(case, Dtype::F64);
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("large.safetensors");
+    std::fs::write(&path, file.to_bytes()).expect("written");
+    assert!(case_file::read(&path).expect("a case") == file, "expected the numbers that were written");
+}

@@ -180,6 +180,18 @@ fn a_product_large_enough_for_threads_is_that_of_the_triple_loop() {
     }
 }
 
+#[test]
+fn columns_that_meet_in_the_cache_are_multiplied_as_others_are() {
+    for [m, k, n] in [[512, 40, 600], [1024, 16, 1030], [512, 40, 500]] {
+        assert!(2 * m * k * n > PARALLEL_FLOPS);
+        for layouts in [[TRANSPOSED, STANDARD, STANDARD], [TRANSPOSED, TRANSPOSED, TRANSPOSED]] {
+            let product = Product { sizes: [m, k, n], layouts, scale: 0.5, accumulate: Accumulate::Add, seed: 4 };
+            assert_eq!(product.check::<f64>(), Ok(()), "{product:?}");
+            assert_eq!(product.check::<f32>(), Ok(()), "{product:?}");
+        }
+    }
+}
+
 /// m, k and n of products with one row or one column, all with an operand or a result of more than 65,536
 /// elements. The last three also have more operations than [`PARALLEL_FLOPS`].
 const THIN: [[usize; 3]; 10] = [

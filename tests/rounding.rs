@@ -438,3 +438,46 @@ fn an_exact_case_forgives_nothing() {
         .collect();
     assert_eq!(failed, ["y"]);
 }
+
+/// How far off y may be of a LoRA layer, whose units have no norms in common.
+fn rounding_of_y(change: impl FnOnce(&mut Case)) -> ArrayD<f64> {
+    let linear = LAYERS[0];
+    let spec = linear.specs().iter().find(|spec| spec.name == "linear-lora").expect("a case");
+    let mut case = linear.draw(spec, 5);
+    change(&mut case);
+    case.extend(Tensors::from([("y".to_string(), linear.define(&case).expect("y").remove("y").expect("y"))]));
+    let (_, mut roundings) = linear.expect(&case, &[Dtype::F64.storage()]).expect("roundings");
+    roundings[0].remove("y").expect("y")
+}
+
+/// Multiplies the first columns of a tensor.
+fn scale(case: &mut Case, name: &str, columns: usize, factor: f64) {
+    let Some(Tensor::Float(values)) = case.tensors.get_mut(name) else { panic!("{name}") };
+    let last = Axis(values.ndim() - 1);
+    values.slice_axis_mut(last, (..columns).into()).mapv_inplace(|value| value * factor);
+}
+
+#[test]
+fn bounds_are_right_where_f32_has_not_the_range() {
+    let usual = rounding_of_y(|_| {});
+    let factor = 2.0_f64.powi(-100);
+    // What is multiplied into the weight and out of the input leaves the products as they were.
+    let apart = rounding_of_y(|case| {
+        scale(case, "x", 2, factor);
+        for name in ["base.weight", "lora_A"] {
+            scale(case, name, 2, 1.0 / factor);
+        }
+    });
+    let small = rounding_of_y(|case| {
+        let all = case.tensors["x"].shape()[1];
+        scale(case, "x", all, factor);
+        case.tensors.remove("base.bias");
+    });
+    let without_bias = rounding_of_y(|case| {
+        case.tensors.remove("base.bias");
+    });
+    for ((&usual, &apart), (&without_bias, &small)) in usual.iter().zip(&apart).zip(without_bias.iter().zip(&small)) {
+        assert!((apart / usual - 1.0).abs() < 1e-5, "expected {usual:e}, found {apart:e}");
+        assert!((small / factor / without_bias - 1.0).abs() < 1e-5, "expected {without_bias:e}, found {small:e}");
+    }
+}

@@ -14,7 +14,7 @@
 //! ```
 
 use super::unfold::{Geometry, PaddingMode, TILE, Windows};
-use super::{Operator, Term, group_slice};
+use super::{Operator, Term, group_slice, in_standard_layout};
 use crate::matmul::{Accumulate, product_into_on_this_thread};
 use crate::{Error, Result, Scalar};
 use ndarray::{
@@ -264,8 +264,7 @@ impl<const N: usize> Operator for Conv<N> {
         weight.into_shape_with_order((units, fan_in)).expect("a weight checked by its shape")
     }
     fn stored_weight<E: Clone>(&self, matrix: Array2<E>) -> ArrayD<E> {
-        let matrix = matrix.as_standard_layout().into_owned();
-        matrix.into_shape_with_order(self.weight_shape()).expect("as many as the weight has")
+        in_standard_layout(matrix).into_shape_with_order(self.weight_shape()).expect("as many as the weight has")
     }
     fn unit_axis(&self, output_ndim: usize) -> usize {
         output_ndim - 1 - N

@@ -10,7 +10,7 @@
 //! assert_eq!(y[0].iter().copied().collect::<Vec<_>>(), [10.0, 12.0, 2.0, 4.0]);
 //! ```
 
-use super::{Input, Operator, Term};
+use super::{Input, Operator, Term, in_standard_layout};
 use crate::{Error, Result, Scalar};
 use ndarray::{Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD, Axis, Ix2, Zip};
 use serde::{Deserialize, Serialize};
@@ -152,7 +152,7 @@ impl Operator for Embedding {
         weight.into_dimensionality::<Ix2>().expect("a weight checked by its shape").reversed_axes()
     }
     fn stored_weight<E: Clone>(&self, matrix: Array2<E>) -> ArrayD<E> {
-        matrix.reversed_axes().as_standard_layout().into_owned().into_dyn()
+        in_standard_layout(matrix.reversed_axes()).into_dyn()
     }
 
     fn output_shape<T: Scalar>(&self, x: &Ids) -> Result<Vec<usize>> {

@@ -11,7 +11,7 @@ mod linear;
 mod unfold;
 
 pub(crate) use channels::{
-    channel_products, channel_sums, mix_adjoint_input, mix_adjoint_weight, mix_into, scale_channels,
+    PARALLEL_ELEMENTS, channel_products, channel_sums, mix_adjoint_input, mix_adjoint_weight, mix_into, scale_channels,
 };
 pub use conv::{Conv, Conv1d, Conv2d, Conv3d, ConvSettings, Extents, Padding, PaddingWord};
 pub use embedding::{Embedding, EmbeddingSettings, Ids};
@@ -19,7 +19,7 @@ pub use linear::{Linear, LinearSettings};
 pub use unfold::PaddingMode;
 
 use crate::{Result, Scalar};
-use ndarray::{Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD, Slice};
+use ndarray::{Array, Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD, Dimension, Slice};
 
 /// What an operator is applied to: floating-point values, or ids.
 pub trait Input<T>: Clone + Send + Sync {
@@ -116,10 +116,21 @@ pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
         self.clone()
     }
 
+    /// The same operator with only so many units: `op(x, W)` for some rows of W. `None` where units are not independent
+    /// of each other, or where it is not worth it.
+    fn of_units(&self, _units: usize) -> Option<Self> {
+        None
+    }
+
     /// The definition: every term `y[output] += factor * W[unit, column] * x[input]`, in a fixed order.
     ///
     /// `output` and `input` count the elements of y `[outer, units, inner]` and x in row-major order.
     fn terms<T: Scalar>(&self, x: &Self::Input<'_, T>, visit: impl FnMut(Term));
+}
+
+/// The same array in row-major order, copied only where it is in another.
+pub(crate) fn in_standard_layout<E: Clone, D: Dimension>(array: Array<E, D>) -> Array<E, D> {
+    if array.is_standard_layout() { array } else { array.as_standard_layout().into_owned() }
 }
 
 /// The part of an axis of this length that belongs to group q.

@@ -13,12 +13,16 @@
 
 use super::Dtype;
 use crate::case::{Case, Tensor};
+use crate::operators::PARALLEL_ELEMENTS;
 use crate::{Error, Result};
 use half::{bf16, f16};
 use ndarray::ArrayD;
+use rayon::prelude::*;
 use safetensors::{SafeTensors, tensor::TensorView};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 /// The newest format that is understood. A newer one may mean something else by the same words.
@@ -120,9 +124,25 @@ pub fn find(path: &Path) -> Result<Vec<PathBuf>> {
 /// A file that is no safetensors file, holds a type of tensor that is not supported, or lacks the metadata;
 /// each names the file, and the tensor or field where there is one.
 pub fn read(path: &Path) -> Result<CaseFile> {
-    let bytes = std::fs::read(path).map_err(|error| Error::io(path, &error))?;
+    let bytes = bytes(path).map_err(|error| Error::io(path, &error))?;
     let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
     parse(&bytes, &stem).map_err(|error| error.in_file(path))
+}
+
+/// The bytes of a file, a large one read in parallel: most of the time goes into fresh memory.
+fn bytes(path: &Path) -> std::io::Result<Vec<u8>> {
+    const PIECE: usize = 1 << 24;
+    let length = std::fs::metadata(path)?.len() as usize;
+    if length <= PIECE {
+        return std::fs::read(path); // also what has no length, such as a pipe
+    }
+    let mut bytes = vec![0; length];
+    bytes.par_chunks_mut(PIECE).enumerate().try_for_each(|(at, piece)| {
+        let mut file = File::open(path)?;
+        file.seek(SeekFrom::Start((at * PIECE) as u64))?;
+        file.read_exact(piece)
+    })?;
+    Ok(bytes)
 }
 
 /// A case from the bytes of its file. `stem` is its name where the metadata has none.
@@ -172,9 +192,13 @@ pub fn parse(bytes: &[u8], stem: &str) -> Result<CaseFile> {
 /// A tensor, and its type where it is a floating-point one.
 fn tensor(name: &str, view: &TensorView<'_>) -> Result<(Tensor, Option<Dtype>)> {
     /// The elements, `N` bytes each.
-    fn elements<const N: usize, E>(view: &TensorView<'_>, read: impl Fn([u8; N]) -> E) -> Option<ArrayD<E>> {
+    fn elements<const N: usize, E: Send>(
+        view: &TensorView<'_>,
+        read: impl Fn([u8; N]) -> E + Sync + Send,
+    ) -> Option<ArrayD<E>> {
         let (chunks, _) = view.data().as_chunks::<N>();
-        ArrayD::from_shape_vec(view.shape(), chunks.iter().copied().map(read).collect()).ok()
+        let elements = chunks.par_iter().with_min_len(PARALLEL_ELEMENTS).copied().map(read).collect();
+        ArrayD::from_shape_vec(view.shape(), elements).ok()
     }
     use safetensors::Dtype as Stored;
     let float = |values: Option<ArrayD<f64>>, dtype| values.map(|values| (Tensor::Float(values), Some(dtype)));

@@ -15,10 +15,13 @@
 use super::{CaseFile, Dtype};
 use crate::case::{Case, Tensor, Tensors, unravel};
 use crate::error::{check_finite, check_shape};
+use crate::operators::PARALLEL_ELEMENTS;
 use crate::registry;
 use crate::{Error, Result};
 use ndarray::ArrayD;
+use rayon::prelude::*;
 use serde::Serialize;
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How many times the rounding error to expect an answer may be off, and the oracle beside it.
@@ -131,7 +134,7 @@ pub(super) fn expected(file: &CaseFile, tolerance: Tolerance) -> Result<Expected
     let dtypes: BTreeSet<Dtype> = answers.iter().map(|name| file.dtype(name)).collect();
     let storages: Vec<_> = dtypes.iter().map(|dtype| dtype.storage()).collect();
     let (produced, roundings) = layer.expect(case, &storages)?;
-    let roundings: BTreeMap<Dtype, Tensors> = dtypes.into_iter().zip(roundings).collect();
+    let mut roundings: BTreeMap<Dtype, Tensors> = dtypes.into_iter().zip(roundings).collect();
     let mut witnesses = vec![produced];
     if layer.terms(case)? <= DEFINED {
         witnesses.push(layer.define(case)?);
@@ -156,10 +159,13 @@ pub(super) fn expected(file: &CaseFile, tolerance: Tolerance) -> Result<Expected
             check_finite(&format!("the oracle's {name}"), witness[name].view())?; // C2
         }
         let dtype = file.dtype(name);
-        let rounding = || {
+        let mut rounding = || {
             let unit = SLACK * (dtype.unit_roundoff() + Dtype::F64.unit_roundoff());
             let least = dtype.smallest_subnormal() / 2.0;
-            roundings[&dtype][name].mapv(|rounding| unit * rounding + least)
+            let error = roundings.get_mut(&dtype).and_then(|of_dtype| of_dtype.remove(name));
+            let mut error = error.expect("an error of every answer");
+            error.par_mapv_inplace(|rounding| unit * rounding + least);
+            error
         };
         let bound = match tolerance {
             Tolerance { rtol: None, atol: None } if is_exact => {
@@ -199,44 +205,80 @@ fn judge<'a>(
     bound: &ArrayD<f64>,
     dtype: Dtype,
 ) -> TensorVerdict {
-    let mut tensor = TensorVerdict {
-        name: name.into(),
-        verdict: Verdict::Pass,
-        dtype,
-        beyond: 0,
-        error_over_bound: -1.0,
-        max_abs_error: 0.0,
-        max_rel_error: 0.0,
-        max_ulps: 0.0,
-        worst_index: vec![],
-        expected: f64::NAN,
-        actual: f64::NAN,
-        bound: f64::NAN,
+    fn elements(values: &ArrayD<f64>) -> Cow<'_, [f64]> {
+        values.as_slice().map_or_else(|| values.iter().copied().collect(), Cow::from)
+    }
+    let witnesses: Vec<_> = witnesses.map(elements).collect();
+    let (actuals, bounds) = (elements(actual), elements(bound));
+    let add = |mut errors: Errors, element: usize| {
+        let of = |witness: &Cow<'_, [f64]>| {
+            errors.add(element, [witness[element], actuals[element], bounds[element]], dtype)
+        };
+        let over = witnesses.iter().map(of).fold(0.0, f64::max);
+        errors.beyond += usize::from(over > 1.0);
+        errors
     };
-    let (mut worst, mut beyond) = (0, vec![false; actual.len()]);
-    for witness in witnesses {
-        for (element, ((&expected, &actual), &bound)) in witness.iter().zip(actual).zip(bound).enumerate() {
-            let difference = (actual - expected).abs();
-            let error = if difference.is_nan() { f64::INFINITY } else { difference };
-            // A bound that is no number is no bound.
-            let over = if error == 0.0 { 0.0 } else { error / bound };
-            let over = if over.is_nan() || bound.is_nan() { f64::INFINITY } else { over };
-            if over > 1.0 {
-                beyond[element] = true;
-            }
-            let relative = if error == 0.0 { 0.0 } else { error / expected.abs() };
-            tensor.max_abs_error = tensor.max_abs_error.max(error);
-            tensor.max_rel_error = tensor.max_rel_error.max(relative);
-            tensor.max_ulps = tensor.max_ulps.max(error / dtype.ulp(expected));
-            if over > tensor.error_over_bound {
-                tensor.error_over_bound = over;
-                (worst, tensor.expected, tensor.actual, tensor.bound) = (element, expected, actual, bound);
-            }
+    let elements = (0..actuals.len()).into_par_iter().with_min_len(PARALLEL_ELEMENTS);
+    let Errors { beyond, over, absolute, relative, ulps, worst } =
+        elements.fold(Errors::default, add).reduce(Errors::default, Errors::and);
+    let [expected, actual_there, bound] = worst.map_or([f64::NAN; 3], |(_, there)| there);
+    TensorVerdict {
+        name: name.into(),
+        verdict: if beyond > 0 { Verdict::Fail } else { Verdict::Pass },
+        dtype,
+        beyond,
+        error_over_bound: over,
+        max_abs_error: absolute,
+        max_rel_error: relative,
+        max_ulps: ulps,
+        worst_index: worst.map_or_else(Vec::new, |(element, _)| unravel(element, actual.shape())),
+        expected,
+        actual: actual_there,
+        bound,
+    }
+}
+
+/// The largest errors of some elements.
+#[derive(Clone, Copy, Default)]
+struct Errors {
+    beyond: usize,
+    over: f64,
+    absolute: f64,
+    relative: f64,
+    ulps: f64,
+    /// Where the error is largest against its bound, and what is expected there, found, and allowed.
+    worst: Option<(usize, [f64; 3])>,
+}
+
+impl Errors {
+    /// With those of an element; returns its error over its bound.
+    fn add(&mut self, element: usize, there: [f64; 3], dtype: Dtype) -> f64 {
+        let [expected, actual, bound] = there;
+        let difference = (actual - expected).abs();
+        let error = if difference.is_nan() { f64::INFINITY } else { difference };
+        // A bound that is no number is no bound.
+        let over = if error == 0.0 { 0.0 } else { error / bound };
+        let over = if over.is_nan() || bound.is_nan() { f64::INFINITY } else { over };
+        let relative = if error == 0.0 { 0.0 } else { error / expected.abs() };
+        self.absolute = self.absolute.max(error);
+        self.relative = self.relative.max(relative);
+        self.ulps = self.ulps.max(error / dtype.ulp(expected));
+        if over > self.over || self.worst.is_none() {
+            (self.over, self.worst) = (over, Some((element, there)));
+        }
+        over
+    }
+
+    /// With those of later elements.
+    fn and(self, later: Self) -> Self {
+        let later_is_worse = self.worst.is_none() || later.over > self.over;
+        Self {
+            beyond: self.beyond + later.beyond,
+            over: self.over.max(later.over),
+            absolute: self.absolute.max(later.absolute),
+            relative: self.relative.max(later.relative),
+            ulps: self.ulps.max(later.ulps),
+            worst: if later_is_worse { later.worst } else { self.worst },
         }
     }
-    tensor.error_over_bound = tensor.error_over_bound.max(0.0);
-    tensor.beyond = beyond.into_iter().filter(|&beyond| beyond).count();
-    tensor.verdict = if tensor.beyond > 0 { Verdict::Fail } else { Verdict::Pass };
-    tensor.worst_index = if actual.is_empty() { vec![] } else { unravel(worst, actual.shape()) };
-    tensor
 }

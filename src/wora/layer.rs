@@ -21,9 +21,9 @@
 use super::adapter::{as_matrix, check_tensors};
 use super::direction::{Direction, Factors, norm};
 use super::{Adapter, Base, Config, LoraInit, NormAxis};
-use crate::operators::Operator;
+use crate::operators::{Operator, in_standard_layout};
 use crate::{Error, Result, Scalar};
-use ndarray::{Array1, ArrayD, ArrayView1, ArrayView2};
+use ndarray::{Array1, ArrayView1, ArrayView2};
 use rand::Rng;
 
 /// A frozen layer with an adapter: LoRA, DoRA or WoRA over the operator `O`.
@@ -51,14 +51,11 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
             return Err(Error::Setting { name: "norm_axis", expected, found: "input".into() }); // C8
         }
         check_tensors(&operator, &config, &base, &adapter)?;
-        let standard = |tensor: ArrayD<T>| {
-            if tensor.is_standard_layout() { tensor } else { tensor.as_standard_layout().into_owned() }
-        };
-        let base = Base { weight: standard(base.weight), bias: base.bias };
+        let base = Base { weight: in_standard_layout(base.weight), bias: base.bias };
         let adapter = Adapter {
-            lora_a: standard(adapter.lora_a),
-            lora_b: standard(adapter.lora_b),
-            magnitude: adapter.magnitude.map(standard),
+            lora_a: in_standard_layout(adapter.lora_a),
+            lora_b: in_standard_layout(adapter.lora_b),
+            magnitude: adapter.magnitude.map(in_standard_layout),
             ..adapter
         };
         let weight = operator.weight_matrix(base.weight.view());

@@ -6,7 +6,8 @@ use super::direction::Direction;
 use super::{Adapter, Layer, Method, NormAxis, NormGradient};
 use crate::error::check_shape;
 use crate::operators::{
-    Input, Operator, channel_products, channel_sums, mix_adjoint_input, mix_adjoint_weight, mix_into, scale_channels,
+    Input, Operator, channel_products, channel_sums, in_standard_layout, mix_adjoint_input, mix_adjoint_weight,
+    mix_into, scale_channels,
 };
 use crate::{Error, Result, Scalar};
 use ndarray::{Array1, Array2, Array3, ArrayD, ArrayView1, ArrayView3, ArrayViewD, Axis, CowArray, Ix3, IxDyn};
@@ -254,8 +255,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
 
         let x = du.filter(|_| requires_grad.x).map(|du| self.adjoint_x(cache, dy.view(), du, gain_in));
         let stored = |tensor: &ArrayD<T>, gradient: Array2<T>| {
-            let standard = gradient.as_standard_layout().into_owned();
-            standard.into_shape_with_order(tensor.shape()).expect("as many as the tensor has")
+            in_standard_layout(gradient).into_shape_with_order(tensor.shape()).expect("as many as the tensor has")
         };
         let magnitude = magnitude.zip(self.adapter.magnitude.as_ref());
         let scalar = |value| (self.config.method == Method::Wora).then(|| ArrayD::from_elem(IxDyn(&[]), value));

@@ -11,11 +11,15 @@ mod rows;
 use super::{Adapter, Cache, Direction, Evaluation, Gradients, Layer, NormAxis};
 use crate::Scalar;
 use crate::operators::{
-    Input, Operator, channel_products, channel_sums, mix_adjoint_input, mix_adjoint_weight, mix_into,
+    Input, Operator, channel_products, channel_sums, in_standard_layout, mix_adjoint_input, mix_adjoint_weight,
+    mix_into,
 };
-use ndarray::{Array1, Array2, Array3, ArrayBase, ArrayD, ArrayViewD, Axis, Dimension, Ix2, RawData, Zip};
-use operands::{Operands, Range};
-use rows::{Backward, RowGradients, Rows, Stages, Wanted};
+use ndarray::{Array1, Array2, Array3, ArrayBase, ArrayD, ArrayViewD, Axis, CowArray, Dimension, Ix2, RawData, Zip};
+use operands::{Magnitudes, Operands, Units};
+use rows::{Backward, RowErrors, Rows, Terms, WeightErrors};
+
+/// So many elements of the weight are looked at together.
+const BLOCK: usize = 1 << 20;
 
 /// The type that intermediates are stored in.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -48,9 +52,9 @@ impl<O: Operator> Layer<O, f64> {
     ) -> Evaluation<f64> {
         let passes = Passes::new(self, cache, dy, results, storage);
         // A lookup has no large products, and its factor may have any size.
-        let narrow = cache.x.values().and_then(|_| passes.errors::<f32>());
+        let narrow = cache.x.values().and_then(|_| passes.errors::<f32>(BLOCK));
         let Evaluation { y, weighted, weight_norm, gain, merged_weight, gradients } =
-            narrow.or_else(|| passes.errors::<f64>()).expect("errors in f64");
+            narrow.or_else(|| passes.errors::<f64>(BLOCK)).expect("errors in f64");
         let gradients = gradients.map(|Gradients { x, weight, bias, adapter }| {
             let Adapter { lora_a, lora_b, magnitude, alpha, beta } = adapter;
             Gradients {
@@ -77,12 +81,13 @@ impl<O: Operator> Layer<O, f64> {
     }
 }
 
-fn root<D: Dimension>(squares: ndarray::Array<f64, D>) -> ndarray::Array<f64, D> {
-    squares.mapv_into(f64::sqrt)
+fn root<D: Dimension>(mut squares: ndarray::Array<f64, D>) -> ndarray::Array<f64, D> {
+    squares.par_mapv_inplace(f64::sqrt);
+    squares
 }
 
 fn square<D: Dimension>(values: &ndarray::Array<f64, D>) -> ndarray::Array<f64, D> {
-    values.mapv(|v| v * v)
+    Zip::from(values).par_map_collect(|v| v * v)
 }
 
 /// Forward and backward at a point.
@@ -134,36 +139,70 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         }
     }
 
-    /// The squared errors of every result, large products computed in P; `None` where P has not the range for them.
-    fn errors<P: Scalar>(&self) -> Option<Evaluation<f64>> {
-        let (layer, results) = (self.layer, self.results);
-        let operands = Operands::<O, P>::new(&layer.operator, self.cache, self.dy.as_ref());
-        let rows = Rows { factors: layer.factors(), direction: self.cache.direction.as_ref(), tiny_sq: self.tiny_sq };
-        let gradients = results.gradients.as_ref();
-        let wanted = Wanted {
-            terms_and_merged: gradients.is_some_and(|gradients| gradients.x.is_some()),
-            weighted: results.weighted.is_some(),
-            merged: results.merged_weight.is_some(),
-        };
-        let mut stages = rows.stages::<P>(self.storage.of_sum(layer.operator.fan_in()), wanted);
-        let of_base = self.cache.dropped.as_ref().map_or(Range::NONE, |_| Range::of(&layer.base.weight).squared());
-        if !operands.fit(stages.range.and(of_base)) {
-            return None;
+    /// The squared errors of every result, large products computed in P, of about `block` elements of the weight at a time;
+    /// `None` where P has not the range for them.
+    fn errors<P: Scalar>(&self, block: usize) -> Option<Evaluation<f64>> {
+        let (layer, results, cache) = (self.layer, self.results, self.cache);
+        let operands = Operands::<O, P>::new(&layer.operator, cache, self.dy.as_ref());
+        let rows = Rows::new(layer.factors(), cache.direction.as_ref(), self.tiny_sq);
+        let of_base = cache.dropped.as_ref().map_or(Magnitudes::NONE, |_| Magnitudes::of(&layer.base.weight).squared());
+        let chain = self.storage.of_sum(layer.operator.fan_in());
+        let backward = results.gradients.as_ref().map(|values| (Cotangent::new(self, values), values));
+
+        let mut sums = Sums::new(self, &rows);
+        let blocks = self.blocks(block);
+        let mut terms = Terms::<P>::new(blocks[0].0.len(), rows.factors.base.ncols(), sums.x.is_some());
+        for (range, units) in blocks {
+            let dmerged = backward.as_ref().map(|_| operands.weights(&units));
+            let of_rows = backward.as_ref().zip(dmerged.as_ref()).map(|((cotangent, _), [x, terms])| Backward {
+                dmerged: (self.as_weight(x.0.view()), x.1),
+                dmerged_terms: (self.as_weight(terms.0.view()), terms.1),
+                chain: cotangent.chain,
+                fraction: cotangent.fraction.as_ref(),
+                dgain: &cotangent.dgain,
+                dgain_error: &cotangent.dgain_error,
+                norm_gradient: layer.config.norm_gradient,
+            });
+            let weights = sums.weights.rows(&range);
+            terms.truncate(range.len());
+            let magnitudes = rows.add(range, chain, of_rows.as_ref(), &mut sums.rows, weights, &mut terms);
+            if !operands.fit(magnitudes.and(of_base)) {
+                return None;
+            }
+            operands.add_outputs(&units, self.as_weight(terms.of_outputs.view()), sums.y.view_mut());
+            if let Some(dx) = &mut sums.x {
+                operands.add_inputs(&units, self.as_weight(terms.of_inputs.view()), dx);
+            }
         }
-        let stored = |wanted: bool, rows: &mut Array2<f64>| {
-            wanted.then(|| layer.operator.stored_weight(self.as_weight(std::mem::take(rows))))
-        };
-        let weighted = stored(wanted.weighted, &mut stages.weighted);
-        let merged_weight = stored(wanted.merged, &mut stages.merged);
+
+        let Sums { rows: errors, weights: WeightErrors { weighted, merged, dweighted }, y, x } = sums;
+        let stored = |rows: Array2<f64>| layer.operator.stored_weight(self.as_weight(rows));
         let per_norm = |relative: &Array1<f64>, of: &Option<Array1<f64>>| of.as_ref().map(|of| relative * &square(of));
         Some(Evaluation {
-            y: self.y(&operands, &stages),
-            weighted,
-            weight_norm: per_norm(&stages.norm, &results.weight_norm),
-            gain: per_norm(&stages.gain, &results.gain),
-            merged_weight,
-            gradients: gradients.map(|gradients| self.gradients(gradients, &operands, &rows, &stages)),
+            y: self.y(y, &errors.gain, &operands),
+            weighted: results.weighted.as_ref().map(|_| stored(weighted)),
+            weight_norm: per_norm(&errors.norm, &results.weight_norm),
+            gain: per_norm(&errors.gain, &results.gain),
+            merged_weight: results.merged_weight.as_ref().map(|_| stored(merged)),
+            gradients: backward.map(|(cotangent, values)| {
+                let x =
+                    values.x.as_ref().zip(x).map(|(dx, terms)| self.dx(dx, terms, &errors.gain, &cotangent, &operands));
+                let weight =
+                    values.weight.as_ref().map(|value| self.dweight(value, dweighted, cotangent.chain, &operands));
+                Gradients { x, weight, ..self.gradients(values, &cotangent, &errors, &rows) }
+            }),
         })
+    }
+
+    /// The rows of the weight that are looked at together, and the units that they belong to: few enough to stay in the
+    /// cache, where units are independent of each other.
+    fn blocks(&self, block: usize) -> Vec<(std::ops::Range<usize>, Units)> {
+        let (units, fan_in) = self.layer.weight().dim();
+        let operator = &self.layer.operator;
+        if self.layer.config.norm_axis == NormAxis::Input || operator.of_units(1).is_none() {
+            return vec![(0..self.layer.base_sq.len(), Units::all(units))];
+        }
+        Units::in_blocks(units, block.div_ceil(fan_in)).map(|units| (units.range.clone(), units)).collect()
     }
 
     /// `[rows, columns]` as `[units, fan_in]`, or the other way round.
@@ -171,28 +210,27 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         if self.layer.config.norm_axis == NormAxis::Output { rows } else { rows.reversed_axes() }
     }
 
+    fn dy(&self) -> &Array3<f64> {
+        self.dy.as_ref().expect("a cotangent")
+    }
+
     /// W0 in the type that products are computed in.
     fn base<P: Scalar>(&self) -> Array2<P> {
         self.layer.weight().mapv(P::from_f64)
     }
 
-    /// Of y, in its shape. E61
-    fn y<P: Scalar>(&self, operands: &Operands<O, P>, stages: &Stages<P>) -> ArrayD<f64> {
+    /// Of y, in its shape, from what the terms of W' add up to. E61
+    fn y<P: Scalar>(&self, mut error: Array3<f64>, gain_error: &Array1<f64>, operands: &Operands<O, P>) -> ArrayD<f64> {
         let Self { layer, beta, gamma, tiny_sq, .. } = *self;
         let (p, chain) = (&self.cache.base_output, self.storage.of_sum(layer.operator.fan_in()));
-        let mut error = operands.outputs(self.as_weight(stages.terms.view()));
-        let gained = &layer.b() * &(&self.gain_out * gamma).insert_axis(Axis(1));
-        mix_into(
-            error.view_mut(),
-            square(&gained).view(),
-            square(&self.cache.lora_output).view(),
-            layer.operator.groups(),
-        );
+        let gained_sq = square(&(&layer.b() * &(&self.gain_out * gamma).insert_axis(Axis(1))));
+        let u_sq = square(&self.cache.lora_output);
+        mix_into(error.view_mut(), gained_sq.view(), u_sq.view(), layer.operator.groups());
         if self.cache.dropped.is_some() {
             error += &operands.outputs_of_both(self.base().view(), chain);
         }
         let shared = match layer.config.norm_axis {
-            NormAxis::Output => stages.gain.clone(),
+            NormAxis::Output => gain_error.clone(),
             NormAxis::Input => Array1::zeros(p.len_of(Axis(1))),
         };
         let bias = layer.base.bias.as_ref();
@@ -206,142 +244,99 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         error.into_shape_with_order(self.results.y.shape()).expect("as many as y")
     }
 
-    /// Of every gradient.
-    fn gradients<P: Scalar>(
+    /// Of the gradients beside those of x and of W0.
+    fn gradients(
         &self,
         values: &Gradients<f64>,
-        operands: &Operands<O, P>,
+        cotangent: &Cotangent,
+        errors: &RowErrors,
         rows: &Rows<'_>,
-        stages: &Stages<P>,
     ) -> Gradients<f64> {
-        let Self { layer, beta, gamma, tiny_sq, .. } = *self;
-        let Layer { operator, config, .. } = layer;
-        let groups = operator.groups();
-        let dy = self.dy.as_ref().expect("a cotangent");
-        let outputs = dy.len_of(Axis(0)) * dy.len_of(Axis(2));
-        let chain = self.storage.of_sum(outputs);
-
-        // The sums of dy^2 P^2 and dy^2 Z^2 over a unit's outputs.
-        let of_unit = |values: &Array3<f64>| {
-            let terms = dy * values;
-            channel_products(terms.view(), terms.view())
-        };
-        let (p_terms, z_terms) = (of_unit(&self.cache.base_output), of_unit(&self.mixed));
-        // T = H B, stored, and its terms.
-        let gained = &layer.b() * &self.gain_out.view().insert_axis(Axis(1));
-        let t = mix_adjoint_input(gained.view(), dy.view(), groups);
-        let dy_sq = square(dy);
-        let t_error = mix_adjoint_input(square(&gained).view(), dy_sq.view(), groups) + square(&t);
-        let du = self.du(values, dy, &t);
-
-        let norms = stages.norm.len();
-        let (mut dgain, mut dgain_error) = (Array1::zeros(norms), Array1::zeros(norms));
-        if let Some(Direction { weight_norm, .. }) = &self.cache.direction {
-            let dm = values.adapter.magnitude.as_ref().expect("dm").view().into_shape_with_order(norms);
-            dgain = &dm.expect("one an entry of m") * weight_norm; // E28
-            let terms = match config.norm_axis {
-                NormAxis::Output => &p_terms * (beta * beta) + &z_terms * (gamma * gamma),
-                NormAxis::Input => self.column_terms(du.as_ref().expect("features")),
-            };
-            dgain_error = terms * (chain + 1.0); // E64
-        }
-        let [dmerged, dmerged_terms] = operands.weights();
-        let fraction = operator.gradient_fraction(&self.cache.x).map(Array1::from);
-        let of_rows = rows.gradients(&Backward {
-            stages,
-            dmerged: (self.as_weight(dmerged.0.view()), dmerged.1),
-            dmerged_terms: (self.as_weight(dmerged_terms.0.view()), dmerged_terms.1),
-            chain,
-            fraction: fraction.as_ref(),
-            dgain,
-            dgain_error,
-            norm_gradient: config.norm_gradient,
-            wants_weight: values.weight.is_some(),
-        });
-
+        let Self { layer, gamma, tiny_sq, .. } = *self;
+        let (operator, adapter) = (&layer.operator, &values.adapter);
+        let Cotangent { chain, dy_sq, t, t_error, p_terms, z_terms, .. } = cotangent;
         let gain_sq = square(&self.gain_out);
         let scale = |error: f64, terms: &Array1<f64>, factor: f64, value: &ArrayD<f64>| {
             let error = error + 3.0 * gain_sq.dot(terms); // summed up in a tree, not in a row
             value.mapv(|value| factor * factor * error + 2.0 * value * value + tiny_sq) // E68
         };
-        let [lora_a, lora_b] = self.pair(rows, stages, &of_rows, &t, dy);
-        let lora_b = lora_b
-            + mix_adjoint_weight(
-                (&dy_sq * &gain_sq.view().insert_axis(Axis(1))).view(),
-                square(&self.cache.lora_output).view(),
-                groups,
-            ) * (chain + 2.0); // E69
+        let [lora_a, lora_b] = self.pair(rows, errors, t);
+        let h_sq = dy_sq * &gain_sq.view().insert_axis(Axis(1));
+        let u_sq = square(&self.cache.lora_output);
+        let lora_b = lora_b + mix_adjoint_weight(h_sq.view(), u_sq.view(), operator.groups()) * (chain + 2.0); // E69
         let x_sq = self.cache.adapted_input();
         let x_sq = x_sq.values().and_then(|x| O::Input::from_values(x.mapv(|x| x * x))).unwrap_or_else(|| x_sq.clone());
         let mut of_t = operator.power(2).adjoint_weight(&x_sq, t_error.view()) * square(&self.gain_in) * (chain + 2.0);
-        if let Some(fraction) = &fraction {
+        if let Some(fraction) = &cotangent.fraction {
             of_t *= &square(fraction);
         }
         let lora_a = lora_a + of_t; // E70
         let pair = |error: Array2<f64>, value: &ArrayD<f64>| {
-            let error = error.mapv(|error| gamma * gamma * error).as_standard_layout().into_owned();
+            let error = in_standard_layout(error * (gamma * gamma));
             let error = error.into_shape_with_order(value.shape()).expect("as many as the gradient");
             error + value.mapv(|value| (chain + 1.0) * value * value + tiny_sq) // E69, E70
         };
-        let weight = values.weight.as_ref().map(|value| {
-            let mut error = self.as_weight(of_rows.weight) * (beta * beta);
-            if self.cache.dropped.is_some() {
-                error += &operands.weights_of_both(chain);
-            }
-            let mut error = operator.stored_weight(error);
-            Zip::from(&mut error).and(value).par_for_each(|error, &value| *error += 2.0 * value * value + tiny_sq); // E71
-            error
-        });
         let bias = values.bias.as_ref().map(|value| {
             let terms = channel_sums(dy_sq.view()).into_dyn();
             // A plain sum is added up in the type itself whatever it is, but in four parts at least.
-            let chain = Storage { chain: self.storage.chain.max(512), ..self.storage }.of_sum(outputs);
+            let chain = Storage { chain: self.storage.chain.max(512), ..self.storage }.of_sum(cotangent.outputs);
             (terms + square(value)) * ((chain + 3.0) / 4.0) + tiny_sq // E72
         });
-        let magnitude = values
-            .adapter
+        let magnitude = adapter
             .magnitude
             .as_ref()
-            .map(|value| of_rows.magnitude.into_shape_with_order(value.shape()).expect("one an entry of m"));
+            .map(|value| errors.magnitude.clone().into_shape_with_order(value.shape()).expect("one an entry of m"));
+        let (alpha, beta) = (adapter.alpha.as_ref(), adapter.beta.as_ref());
         Gradients {
-            x: values.x.as_ref().map(|value| self.dx(value, operands, stages, du.expect("values"), &t, &t_error)),
-            weight,
+            x: None,
+            weight: None,
             bias,
             adapter: Adapter {
-                lora_a: pair(lora_a, &values.adapter.lora_a),
-                lora_b: pair(lora_b, &values.adapter.lora_b),
+                lora_a: pair(lora_a, &adapter.lora_a),
+                lora_b: pair(lora_b, &adapter.lora_b),
                 magnitude,
-                alpha: values
-                    .adapter
-                    .alpha
-                    .as_ref()
-                    .map(|value| scale(of_rows.alpha, &z_terms, layer.scaling(), value)),
-                beta: values.adapter.beta.as_ref().map(|value| scale(of_rows.beta, &p_terms, 1.0, value)),
+                alpha: alpha.map(|value| scale(errors.alpha, z_terms, layer.scaling(), value)),
+                beta: beta.map(|value| scale(errors.beta, p_terms, 1.0, value)),
             },
         }
     }
 
-    /// What reaches A and B by way of dV. E69, E70
-    fn pair<P>(
+    /// Of dW0, from what its rows have of dV. E71
+    fn dweight<P: Scalar>(
         &self,
-        rows: &Rows<'_>,
-        stages: &Stages<P>,
-        of_rows: &RowGradients,
-        t: &Array3<f64>,
-        dy: &Array3<f64>,
-    ) -> [Array2<f64>; 2] {
+        dweight: &ArrayD<f64>,
+        dweighted: Array2<f64>,
+        chain: f64,
+        operands: &Operands<O, P>,
+    ) -> ArrayD<f64> {
+        let Self { layer, beta, tiny_sq, .. } = *self;
+        let mut error = layer.operator.stored_weight(self.as_weight(dweighted));
+        let beta_sq = beta * beta;
+        Zip::from(&mut error).and(dweight).par_for_each(|error, &value| {
+            *error = beta_sq * *error + 2.0 * value * value + tiny_sq; // E71
+        });
+        if self.cache.dropped.is_some() {
+            error += &layer.operator.stored_weight(operands.weights_of_both(chain)); // E71
+        }
+        error
+    }
+
+    /// What reaches A and B by way of dV. E69, E70
+    fn pair(&self, rows: &Rows<'_>, errors: &RowErrors, t: &Array3<f64>) -> [Array2<f64>; 2] {
         let Layer { operator, config, .. } = self.layer;
-        let (mut left, right) = (of_rows.left.clone(), of_rows.right.clone());
+        let (mut left, right) = (errors.left.clone(), errors.right.clone());
         if let Some(direction) = &self.cache.direction {
             // Contracted over a row, whose elements have the errors of g and of k in common: g X right^T and V right^T.
             let direct = match config.norm_axis {
-                NormAxis::Output => mix_adjoint_weight(dy.view(), self.cache.lora_output.view(), operator.groups()),
+                NormAxis::Output => {
+                    mix_adjoint_weight(self.dy().view(), self.cache.lora_output.view(), operator.groups())
+                }
                 NormAxis::Input => operator.adjoint_weight(self.cache.adapted_input(), t.view()).reversed_axes(),
             };
             let column = |values: &Array1<f64>| values.clone().insert_axis(Axis(1));
             let direct = direct * column(&direction.gain);
-            left += &(square(&direct) * column(&stages.gain));
-            left += &(square(&direction.weighted_right(&rows.factors)) * column(&of_rows.norm_weight));
+            left += &(square(&direct) * column(&errors.gain));
+            left += &(square(&direction.weighted_right(&rows.factors)) * column(&errors.norm_weight));
         }
         match config.norm_axis {
             NormAxis::Output => [right, left],
@@ -349,59 +344,226 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         }
     }
 
-    /// `du`, the gradient of what meets the weight, before the gains of columns; `None` for ids.
-    fn du(&self, values: &Gradients<f64>, dy: &Array3<f64>, t: &Array3<f64>) -> Option<ArrayD<f64>> {
-        let layer = self.layer;
-        if self.cache.dropped.is_none() && layer.config.norm_axis == NormAxis::Output {
-            return values.x.clone();
-        }
-        let h_beta = dy * &(&self.gain_out * self.beta).insert_axis(Axis(1));
-        let t = t * self.gamma;
-        let pairs = [(h_beta.view(), layer.weight()), (t.view(), layer.a())];
-        layer.operator.adjoint_input(&self.cache.x, &pairs)
-    }
-
-    /// `sum over rows of x~^2 du^2` for every column: `[fan_in]`.
-    fn column_terms(&self, du: &ArrayD<f64>) -> Array1<f64> {
-        let terms = square(&(&self.cache.adapted_input().values().expect("features") * du));
-        let columns = self.layer.operator.fan_in();
-        let terms = terms.into_shape_with_order((du.len() / columns, columns)).expect("[outer, features]");
-        terms.sum_axis(Axis(0))
-    }
-
-    /// Of dx; `t` is `H B` and `t_error` its error. E73
+    /// Of dx, from what the terms of W' add up to. E73
     fn dx<P: Scalar>(
         &self,
         dx: &ArrayD<f64>,
+        mut error: ArrayD<f64>,
+        gain_error: &Array1<f64>,
+        cotangent: &Cotangent,
         operands: &Operands<O, P>,
-        stages: &Stages<P>,
-        du: ArrayD<f64>,
-        t: &Array3<f64>,
-        t_error: &Array3<f64>,
     ) -> ArrayD<f64> {
         let Self { layer, gamma, tiny_sq, .. } = *self;
         let (operator, x, chain) = (&layer.operator, &self.cache.x, self.storage.of_sum(layer.operator.units()));
         let gained_a = &layer.a() * &self.gain_in * gamma;
-        let lora = operator.adjoint_input(x, &[(t.view(), gained_a.view())]).expect("values");
+        let Cotangent { t, t_error, du, .. } = cotangent;
+        let (lora, du) =
+            (operator.adjoint_input(x, &[(t.view(), gained_a.view())]).expect("values"), du.as_ref().expect("values"));
         let of_t = operator.power(2).adjoint_input(x, &[(t_error.view(), square(&gained_a).view())]);
-        let mut error = operands.inputs(self.as_weight(stages.terms_and_merged.view()));
         let by_column = layer.config.norm_axis == NormAxis::Input;
-        let du = if by_column { du * &self.gain_in } else { du };
+        let du: CowArray<'_, _, _> = if by_column { (du * &self.gain_in).into() } else { du.into() };
         Zip::from(&mut error).and(&of_t.expect("values")).and(&du).and(&lora).par_for_each(
             |error, &of_t, &du, &lora| {
                 *error += of_t + (du - lora).powi(2) + lora * lora;
             },
         );
         if by_column && self.cache.direction.is_some() {
-            error += &(square(&du) * &stages.gain);
+            error += &(du.mapv(|du| du * du) * gain_error);
         }
         if let Some((mask, _)) = &self.cache.dropped {
-            let kept = operands.inputs_whole(self.base().view(), chain);
+            let kept = operands.inputs_of_both(self.base().view(), chain);
             ndarray::azip!((error in &mut error, &kept in &kept, &mask in mask) {
                 *error = mask * mask * (*error + kept) + 2.0 * kept;
             });
         }
         Zip::from(&mut error).and(dx).par_for_each(|error, &dx| *error += (chain + 1.0) * dx * dx + tiny_sq);
         error
+    }
+}
+
+/// What the blocks of the weight add up to.
+struct Sums {
+    rows: RowErrors,
+    weights: WeightErrors<Array2<f64>>,
+    /// What W' alone adds to the error of y: `[outer, units, inner]`
+    y: Array3<f64>,
+    /// And of dx.
+    x: Option<ArrayD<f64>>,
+}
+
+impl Sums {
+    fn new<O: Operator>(passes: &Passes<'_, '_, O>, rows: &Rows<'_>) -> Self {
+        let (norms, columns) = rows.factors.base.dim();
+        let weight = |wanted: bool| Array2::zeros((norms, if wanted { columns } else { 0 }));
+        let Evaluation { weighted, merged_weight, gradients, .. } = passes.results;
+        let dx = gradients.as_ref().and_then(|gradients| gradients.x.as_ref());
+        let dweight = gradients.as_ref().and_then(|gradients| gradients.weight.as_ref());
+        Self {
+            rows: RowErrors::none(norms, &rows.factors),
+            weights: WeightErrors {
+                weighted: weight(weighted.is_some()),
+                merged: weight(merged_weight.is_some()),
+                dweighted: weight(dweight.is_some()),
+            },
+            y: Array3::zeros(passes.mixed.dim()),
+            x: dx.map(|dx| ArrayD::zeros(dx.shape())),
+        }
+    }
+}
+
+/// The backward, as far as it comes before the weight's.
+struct Cotangent {
+    /// How many outputs a unit has, and the chain of a sum over them.
+    outputs: usize,
+    chain: f64,
+    /// `[outer, units, inner]`
+    dy_sq: Array3<f64>,
+    /// The sums of dy^2 P^2 and dy^2 Z^2 over a unit's outputs: `[units]`
+    p_terms: Array1<f64>,
+    z_terms: Array1<f64>,
+    /// T = H B, stored, and its error: `[outer, rank, inner]`
+    t: Array3<f64>,
+    t_error: Array3<f64>,
+    /// The gradient of what meets the weight, before the gains of columns, in the shape of x; `None` for ids
+    du: Option<ArrayD<f64>>,
+    /// The gradient of g, and what the factored way adds to its error: one a row
+    dgain: Array1<f64>,
+    dgain_error: Array1<f64>,
+    /// `[fan_in]`: in column j a lookup lets only a fraction of its gradient through.
+    fraction: Option<Array1<f64>>,
+}
+
+impl Cotangent {
+    fn new<O: Operator>(passes: &Passes<'_, '_, O>, values: &Gradients<f64>) -> Self {
+        let Passes { layer, cache, beta, gamma, .. } = *passes;
+        let (dy, groups) = (passes.dy(), layer.operator.groups());
+        let outputs = dy.len_of(Axis(0)) * dy.len_of(Axis(2));
+        let chain = passes.storage.of_sum(outputs);
+        let of_unit = |values: &Array3<f64>| {
+            let terms = Zip::from(dy).and(values).par_map_collect(|dy, value| dy * value);
+            channel_products(terms.view(), terms.view())
+        };
+        let (p_terms, z_terms) = (of_unit(&cache.base_output), of_unit(&passes.mixed));
+        let dy_sq = square(dy);
+        let gained = &layer.b() * &passes.gain_out.view().insert_axis(Axis(1));
+        let t = mix_adjoint_input(gained.view(), dy.view(), groups);
+        let t_error = mix_adjoint_input(square(&gained).view(), dy_sq.view(), groups) + square(&t);
+        let du = du(passes, values, &t);
+
+        let norms = layer.base_sq.len();
+        let (mut dgain, mut dgain_error) = (Array1::zeros(norms), Array1::zeros(norms));
+        if let Some(Direction { weight_norm, .. }) = &cache.direction {
+            let dm = values.adapter.magnitude.as_ref().expect("dm").view().into_shape_with_order(norms);
+            dgain = &dm.expect("one an entry of m") * weight_norm; // E28
+            let terms = match layer.config.norm_axis {
+                NormAxis::Output => &p_terms * (beta * beta) + &z_terms * (gamma * gamma),
+                NormAxis::Input => {
+                    let terms =
+                        square(&(&cache.adapted_input().values().expect("features") * du.as_ref().expect("du")));
+                    let rows = terms.len() / norms;
+                    terms.into_shape_with_order((rows, norms)).expect("[outer, features]").sum_axis(Axis(0))
+                }
+            };
+            dgain_error = terms * (chain + 1.0); // E64
+        }
+        let fraction = layer.operator.gradient_fraction(&cache.x).map(Array1::from);
+        Self { outputs, chain, dy_sq, p_terms, z_terms, t, t_error, du, dgain, dgain_error, fraction }
+    }
+}
+
+fn du<O: Operator>(passes: &Passes<'_, '_, O>, values: &Gradients<f64>, t: &Array3<f64>) -> Option<ArrayD<f64>> {
+    let (layer, cache) = (passes.layer, passes.cache);
+    if cache.dropped.is_none() && layer.config.norm_axis == NormAxis::Output {
+        return values.x.clone();
+    }
+    let h_beta = passes.dy() * &(&passes.gain_out * passes.beta).insert_axis(Axis(1));
+    let t = t * passes.gamma;
+    let pairs = [(h_beta.view(), layer.weight()), (t.view(), layer.a())];
+    layer.operator.adjoint_input(&cache.x, &pairs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::operators::Linear;
+    use crate::wora::{Base, Config, Method, NormGradient, RequiresGrad};
+    use approx::assert_relative_eq;
+    use ndarray::IxDyn;
+    use rand::{RngExt, SeedableRng};
+    use rand_pcg::Pcg64;
+
+    const STORAGE: Storage = Storage { smallest_normal: 0.0, chain: 512 };
+
+    /// Every error of a masked layer of 7 units, by `errors`.
+    fn with_passes(
+        seed: u64,
+        axis: NormAxis,
+        errors: impl FnOnce(&Passes<'_, '_, Linear>) -> Option<Evaluation<f64>>,
+    ) -> Option<Vec<ArrayD<f64>>> {
+        let mut rng = Pcg64::seed_from_u64(seed);
+        let mut draw = |shape: &[usize]| ArrayD::from_shape_simple_fn(IxDyn(shape), || rng.random_range(-1.0..1.0));
+        let operator = Linear { in_features: 5, out_features: 7, fan_in_fan_out: false };
+        let config = Config { norm_axis: axis, norm_gradient: NormGradient::Full, ..Config::new(Method::Wora, 1.5) };
+        let base = Base { weight: draw(&[7, 5]), bias: Some(draw(&[7])) };
+        let norms = if axis == NormAxis::Output { 7 } else { 5 };
+        let adapter = Adapter {
+            lora_a: draw(&[2, 5]),
+            lora_b: draw(&[7, 2]),
+            magnitude: Some(draw(&[norms])),
+            alpha: Some(draw(&[])),
+            beta: Some(draw(&[])),
+        };
+        let layer = Layer::new(operator, config, base, adapter).expect("a layer");
+        let (x, mask, dy) =
+            (draw(&[3, 5]), draw(&[3, 5]).mapv(|kept| if kept > 0.0 { 2.0 } else { 0.0 }), draw(&[3, 7]));
+        let (y, cache) = layer.forward(x.into(), Some(mask.view())).expect("y");
+        let gradients = layer.gradients(&cache, dy.view(), RequiresGrad::ALL).expect("gradients");
+        let Direction { weight_norm, gain, .. } = cache.direction.clone().expect("a direction");
+        let results = Evaluation {
+            y,
+            weighted: Some(layer.weighted()),
+            weight_norm: Some(weight_norm),
+            gain: Some(gain),
+            merged_weight: Some(layer.merge().expect("W'").weight),
+            gradients: Some(gradients),
+        };
+        let Evaluation { y, weighted, weight_norm, gain, merged_weight, gradients } =
+            errors(&Passes::new(&layer, &cache, Some(dy.view()), &results, STORAGE))?;
+        let Gradients { x, weight, bias, adapter } = gradients.expect("gradients");
+        let of_adapter = adapter.named(Linear::LORA_NAMES).into_iter().map(|(_, error)| error.to_owned());
+        let all = [
+            Some(y),
+            weighted,
+            weight_norm.map(Array1::into_dyn),
+            gain.map(Array1::into_dyn),
+            merged_weight,
+            x,
+            weight,
+            bias,
+        ];
+        Some(all.map(|error| error.expect("every result")).into_iter().chain(of_adapter).collect())
+    }
+
+    #[test]
+    fn errors_do_not_depend_on_how_many_rows_are_looked_at_together() {
+        let whole = with_passes(1, NormAxis::Output, |passes| passes.errors::<f64>(35)).expect("errors");
+        assert_eq!(whole.len(), 13);
+        for block in [5, 10, 15] {
+            let blocks = with_passes(1, NormAxis::Output, |passes| passes.errors::<f64>(block)).expect("errors");
+            for (whole, blocks) in whole.iter().zip(&blocks) {
+                assert_relative_eq!(whole, blocks, max_relative = 1e-13);
+            }
+        }
+    }
+
+    #[test]
+    fn errors_in_f32_are_those_in_f64() {
+        for axis in [NormAxis::Output, NormAxis::Input] {
+            let wide = with_passes(2, axis, |passes| passes.errors::<f64>(BLOCK)).expect("errors");
+            let narrow = with_passes(2, axis, |passes| passes.errors::<f32>(10)).expect("errors");
+            for (wide, narrow) in wide.iter().zip(&narrow) {
+                assert_relative_eq!(wide, narrow, max_relative = 1e-4);
+            }
+        }
     }
 }

@@ -4,16 +4,17 @@
 use crate::Scalar;
 use crate::operators::{Input, Operator};
 use crate::wora::Cache;
-use ndarray::{Array2, Array3, ArrayD, ArrayView2, ArrayViewD, Ix3};
+use ndarray::{Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut3, Axis, Ix3, Zip};
+use rayon::prelude::*;
 
 /// The smallest magnitude but 0, and the largest.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Range {
+pub(super) struct Magnitudes {
     pub least: f64,
     pub most: f64,
 }
 
-impl Range {
+impl Magnitudes {
     pub const NONE: Self = Self { least: f64::INFINITY, most: 0.0 };
 
     pub fn of<'v>(values: impl IntoIterator<Item = &'v f64>) -> Self {
@@ -40,7 +41,7 @@ impl Range {
         Self { least: self.least.powi(2), most: self.most.powi(2) }
     }
 
-    /// Of what is divided by its [`Range::scale`].
+    /// Of what is divided by its [`Magnitudes::scale`].
     fn scaled(self) -> Self {
         let scale = self.scale();
         Self { least: self.least / scale, most: self.most / scale }
@@ -63,7 +64,7 @@ pub(super) struct Operands<O: Operator, P: Scalar> {
     dy: Option<Squared<Array3<P>>>,
     x_scale: f64,
     dy_scale: f64,
-    range: [Range; 2],
+    range: [Magnitudes; 2],
 }
 
 impl<O: Operator, P: Scalar> Operands<O, P> {
@@ -72,8 +73,8 @@ impl<O: Operator, P: Scalar> Operands<O, P> {
         let inputs = [Some(cache.adapted_input()), cache.dropped.as_ref().map(|_| &cache.x)];
         let inputs: Vec<_> = inputs.into_iter().flatten().collect();
         let values = || inputs.iter().filter_map(|x| x.values());
-        let of_x = values().fold(Range::NONE, |range, values| range.and(Range::of(&values)));
-        let of_dy = dy.map_or(Range::NONE, Range::of);
+        let of_x = values().fold(Magnitudes::NONE, |range, values| range.and(Magnitudes::of(&values)));
+        let of_dy = dy.map_or(Magnitudes::NONE, Magnitudes::of);
         let (x_scale, dy_scale) = (of_x.scale(), of_dy.scale());
         let ids = |x: &O::Input<'_, f64>| x.ids().and_then(|ids| O::Input::from_ids(ids.to_owned())).expect("ids");
         let of = |x: &O::Input<'_, f64>| match x.values() {
@@ -101,7 +102,7 @@ impl<O: Operator, P: Scalar> Operands<O, P> {
     }
 
     /// Whether all products of two squares, of x, of dy and of what lies within `weight`, keep their digits in P.
-    pub fn fit(&self, weight: Range) -> bool {
+    pub fn fit(&self, weight: Magnitudes) -> bool {
         if P::UNIT_ROUNDOFF == f64::UNIT_ROUNDOFF {
             return true;
         }
@@ -112,59 +113,69 @@ impl<O: Operator, P: Scalar> Operands<O, P> {
         alone && x.least * dy.least >= least && weight.least * x.least.min(dy.least) >= least
     }
 
-    /// `op2(x~^2, W)` with every factor squared: `[outer, units, inner]`.
-    pub fn outputs(&self, weight: ArrayView2<'_, P>) -> Array3<f64> {
-        self.apply(&self.squared, &self.inputs[0].squares, weight, self.x_scale.powi(2))
+    /// `y += op2(x~^2, W)` for the W of some units: y `[outer, units, inner]`.
+    pub fn add_outputs(&self, units: &Units, weight: ArrayView2<'_, P>, y: ArrayViewMut3<'_, f64>) {
+        let scale = self.x_scale.powi(2);
+        let sums = units.of(&self.squared).apply(&self.inputs[0].squares, &[weight]).swap_remove(0);
+        let (mut y, sums) = (units.slice_mut(y), sums.axis_iter(Axis(0)).into_par_iter());
+        y.axis_iter_mut(Axis(0)).into_par_iter().zip(sums).for_each(|(mut y, sums)| {
+            y.zip_mut_with(&sums, |y, &sum| *y += sum.as_f64() * scale);
+        });
     }
 
-    /// `l op2(x^2, W^2) + op(x, W)^2`, for `x~` and for x.
+    /// `l op2(x^2, W^2) + op(x, W)^2`, for `x~` and for x, of the whole W.
     pub fn outputs_of_both(&self, weight: ArrayView2<'_, P>, chain: f64) -> Array3<f64> {
-        let weight_sq = weight.mapv(|w| w * w);
+        let (weight_sq, scale) = (weight.mapv(|w| w * w), self.x_scale);
         let of = |x: &Squared<O::Input<'static, P>>| {
-            let terms = self.apply(&self.squared, &x.squares, weight_sq.view(), self.x_scale.powi(2) * chain);
-            terms + self.apply(&self.operator, &x.values, weight, self.x_scale).mapv_into(|whole| whole * whole)
+            let terms = self.squared.apply(&x.squares, &[weight_sq.view()]).swap_remove(0);
+            let whole = self.operator.apply(&x.values, &[weight]).swap_remove(0);
+            Zip::from(&terms)
+                .and(&whole)
+                .map_collect(|terms, whole| scale * scale * (chain * terms.as_f64() + whole.as_f64().powi(2)))
         };
         self.inputs.iter().map(of).reduce(|sum, one| sum + one).expect("an input")
     }
 
-    fn apply(&self, operator: &O, x: &O::Input<'_, P>, weight: ArrayView2<'_, P>, scale: f64) -> Array3<f64> {
-        operator.apply(x, &[weight]).swap_remove(0).mapv(|sum| sum.as_f64() * scale)
+    /// `dx += op2*(dy^2, W)` for the W of some units, in the shape of x.
+    pub fn add_inputs(&self, units: &Units, weight: ArrayView2<'_, P>, dx: &mut ArrayD<f64>) {
+        let (scale, dy_sq) = (self.dy_scale.powi(2), units.slice(self.dy().squares.view()));
+        let sums = units.of(&self.squared).adjoint_input(&self.inputs[0].squares, &[(dy_sq, weight)]).expect("values");
+        Zip::from(dx).and(&sums).par_for_each(|dx, &sum| *dx += sum.as_f64() * scale);
     }
 
-    /// `op2*(dy^2, W)`, in the shape of x.
-    pub fn inputs(&self, weight: ArrayView2<'_, P>) -> ArrayD<f64> {
-        let dy = self.dy();
-        let sums = self.squared.adjoint_input(&self.inputs[0].squares, &[(dy.squares.view(), weight)]);
-        let scale = self.dy_scale.powi(2);
-        sums.expect("values").mapv(|sum| sum.as_f64() * scale)
+    /// `l op2*(dy^2, W^2) + op*(dy, W)^2`, in the shape of x, of the whole W.
+    pub fn inputs_of_both(&self, weight: ArrayView2<'_, P>, chain: f64) -> ArrayD<f64> {
+        let (dy, scale, x) = (self.dy(), self.dy_scale, &self.inputs[0]);
+        let weight_sq = weight.mapv(|w| w * w);
+        let terms = self.squared.adjoint_input(&x.squares, &[(dy.squares.view(), weight_sq.view())]);
+        let whole = self.operator.adjoint_input(&x.values, &[(dy.values.view(), weight)]);
+        Zip::from(&terms.expect("values"))
+            .and(&whole.expect("values"))
+            .map_collect(|terms, whole| scale * scale * (chain * terms.as_f64() + whole.as_f64().powi(2)))
     }
 
-    /// `l op2*(dy^2, W^2) + op*(dy, W)^2`, in the shape of x.
-    pub fn inputs_whole(&self, weight: ArrayView2<'_, P>, chain: f64) -> ArrayD<f64> {
-        let whole = self.operator.adjoint_input(&self.inputs[0].values, &[(self.dy().values.view(), weight)]);
-        let scale = self.dy_scale;
-        self.inputs(weight.mapv(|w| w * w).view()) * chain
-            + whole.expect("values").mapv(|sum| (sum.as_f64() * scale).powi(2))
+    /// `X = op*(x~, dy)` and `op2*(x~^2, dy^2)` for some units, `[units, fan_in]`, each with what it is to be multiplied
+    /// by.
+    pub fn weights(&self, units: &Units) -> [(Array2<P>, f64); 2] {
+        self.weights_of(units, &self.inputs[0])
     }
 
-    /// `X = op*(x~, dy)` and `op2*(x~^2, dy^2)`, `[units, fan_in]`, each with what it is to be multiplied by.
-    pub fn weights(&self) -> [(Array2<P>, f64); 2] {
-        self.weights_of(&self.inputs[0])
-    }
-
-    /// The same, summed up as `l op2*(x^2, dy^2) + op*(x, dy)^2` for `x~` and for x.
+    /// The same of all units, summed up as `l op2*(x^2, dy^2) + op*(x, dy)^2` for `x~` and for x.
     pub fn weights_of_both(&self, chain: f64) -> Array2<f64> {
         let of = |x| {
-            let [(whole, scale), (terms, scale_sq)] = self.weights_of(x);
-            terms.mapv(|sum| sum.as_f64() * scale_sq * chain) + whole.mapv(|sum| (sum.as_f64() * scale).powi(2))
+            let [(whole, scale), (terms, scale_sq)] = self.weights_of(&Units::all(self.operator.units()), x);
+            Zip::from(&terms)
+                .and(&whole)
+                .map_collect(|terms, whole| chain * scale_sq * terms.as_f64() + (scale * whole.as_f64()).powi(2))
         };
         self.inputs.iter().map(of).reduce(|sum, one| sum + one).expect("an input")
     }
 
-    fn weights_of(&self, x: &Squared<O::Input<'static, P>>) -> [(Array2<P>, f64); 2] {
+    fn weights_of(&self, units: &Units, x: &Squared<O::Input<'static, P>>) -> [(Array2<P>, f64); 2] {
         let (dy, scale) = (self.dy(), self.x_scale * self.dy_scale);
-        let whole = self.operator.adjoint_weight(&x.values, dy.values.view());
-        [(whole, scale), (self.squared.adjoint_weight(&x.squares, dy.squares.view()), scale * scale)]
+        let whole = units.of(&self.operator).adjoint_weight(&x.values, units.slice(dy.values.view()));
+        let terms = units.of(&self.squared).adjoint_weight(&x.squares, units.slice(dy.squares.view()));
+        [(whole, scale), (terms, scale * scale)]
     }
 
     fn dy(&self) -> &Squared<Array3<P>> {
@@ -172,9 +183,42 @@ impl<O: Operator, P: Scalar> Operands<O, P> {
     }
 }
 
+/// Some of the units of an operator.
+#[derive(Clone, Debug)]
+pub(super) struct Units {
+    pub range: std::ops::Range<usize>,
+    total: usize,
+}
+
+impl Units {
+    pub fn all(total: usize) -> Self {
+        Self { range: 0..total, total }
+    }
+
+    /// All of them in order, no more than `most` at a time.
+    pub fn in_blocks(total: usize, most: usize) -> impl Iterator<Item = Self> {
+        (0..total).step_by(most).map(move |start| Self { range: start..total.min(start + most), total })
+    }
+
+    fn of<O: Operator>(&self, operator: &O) -> O {
+        if self.range.len() == self.total {
+            return operator.clone();
+        }
+        operator.of_units(self.range.len()).expect("an operator whose units are independent")
+    }
+
+    fn slice<'v, P>(&self, values: ArrayView3<'v, P>) -> ArrayView3<'v, P> {
+        values.slice_axis_move(Axis(1), self.range.clone().into())
+    }
+
+    fn slice_mut<'v, P>(&self, values: ArrayViewMut3<'v, P>) -> ArrayViewMut3<'v, P> {
+        values.slice_axis_move(Axis(1), self.range.clone().into())
+    }
+}
+
 fn squared<P: Scalar>(values: ArrayViewD<'_, f64>, scale: f64) -> Squared<ArrayD<P>> {
     Squared {
-        values: values.mapv(|value| P::from_f64(value / scale)),
-        squares: values.mapv(|value| P::from_f64((value / scale).powi(2))),
+        values: Zip::from(&values).par_map_collect(|value| P::from_f64(value / scale)),
+        squares: Zip::from(&values).par_map_collect(|value| P::from_f64((value / scale).powi(2))),
     }
 }
