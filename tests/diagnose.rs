@@ -201,3 +201,14 @@ fn where_nothing_explains_an_exact_case_nothing_is_named() {
     let ids: Vec<_> = diagnosis.candidates.iter().map(|candidate| candidate.id.as_str()).collect();
     assert_eq!((ids, diagnosis.facts.len()), (vec![], 1));
 }
+
+#[test]
+fn an_answer_that_is_no_number_is_no_mistake_of_the_bank() {
+    let subject = layer("linear").expect("linear");
+    let mut case = subject.draw(&subject.specs()[0], SEED);
+    let mut right = subject.define(&case).expect("answers");
+    right.get_mut("y").expect("y")[[0, 0]] = f64::INFINITY;
+    case.extend(right);
+    let diagnosis = diagnose(&CaseFile::new(case, Dtype::F32)).expect("a diagnosis");
+    assert_eq!((diagnosis.first_diverging.as_deref(), diagnosis.candidates.len()), (Some("y"), 0));
+}

@@ -2,6 +2,8 @@
 //! judges by: right ones are accepted, and the bounds are no wider than they must be.
 
 use ndarray::{Array1, Array2, Array3, ArrayD, Axis, Zip};
+use rand::{RngExt, SeedableRng};
+use rand_pcg::Pcg64;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use woracle::Rounded;
@@ -10,7 +12,7 @@ use woracle::cases::{Spec, Twist};
 use woracle::operators::{Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operator};
 use woracle::oracle::verify::{Tolerance, Verdict, verify};
 use woracle::oracle::{CaseFile, Dtype};
-use woracle::registry::LAYERS;
+use woracle::registry::{LAYERS, Precision};
 use woracle::wora::{Config, NormAxis, NormGradient};
 
 const SEEDS: u64 = 32;
@@ -479,5 +481,31 @@ fn bounds_are_right_where_f32_has_not_the_range() {
     for ((&usual, &apart), (&without_bias, &small)) in usual.iter().zip(&apart).zip(without_bias.iter().zip(&small)) {
         assert!((apart / usual - 1.0).abs() < 1e-5, "expected {usual:e}, found {apart:e}");
         assert!((small / factor / without_bias - 1.0).abs() < 1e-5, "expected {without_bias:e}, found {small:e}");
+    }
+}
+
+#[test]
+fn sums_in_any_order_are_accepted_in_f64() {
+    let linear = LAYERS[0];
+    let spec = linear.specs().iter().find(|spec| spec.name == "linear-plain").expect("a case");
+    for seed in 0..8 {
+        let mut rng = Pcg64::seed_from_u64(seed);
+        let mut draw = |shape: &[usize]| ArrayD::from_shape_simple_fn(shape, || rng.random_range(-1.0..1.0));
+        let mut case = linear.draw(spec, seed);
+        let (outputs, inputs, tokens, rank) = (256, 192, 64, 8);
+        case.tensors.remove("base.bias");
+        case.extend(Tensors::from([
+            ("x".to_string(), draw(&[tokens, inputs])),
+            ("base.weight".into(), draw(&[outputs, inputs])),
+            ("lora_A".into(), draw(&[rank, inputs])),
+            ("lora_B".into(), draw(&[outputs, rank])),
+            ("lora_magnitude_vector".into(), draw(&[outputs]) + 2.0),
+            ("grad.y".into(), draw(&[tokens, outputs])),
+        ]));
+        // The definition adds up one by one, the production path in blocks and by lanes: both are judged.
+        case.extend(linear.evaluate(&case, Precision::F64).expect("answers"));
+        for tensor in verify(&CaseFile::new(case, Dtype::F64), Tolerance::default()).expect("verdicts") {
+            assert_eq!(tensor.verdict, Verdict::Pass, "seed {seed} {}: {:e}", tensor.name, tensor.error_over_bound);
+        }
     }
 }

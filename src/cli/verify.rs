@@ -156,7 +156,7 @@ fn row(case: &CaseVerdict, tensor: &TensorVerdict) -> [String; 10] {
 
 /// What is to be said of a case that fails, a line each.
 fn explanation(case: &CaseVerdict) -> Vec<String> {
-    let Diagnosis { first_diverging, candidates, facts } = &case.diagnosis;
+    let Diagnosis { first_diverging, candidates, facts, too_large } = &case.diagnosis;
     let mut lines = vec![];
     lines.extend(first_diverging.as_ref().map(|name| format!("first diverging: {}", printable(name))));
     let explained = candidates.first().map(|best| best.residual);
@@ -173,7 +173,7 @@ fn explanation(case: &CaseVerdict) -> Vec<String> {
         lines.push(format!("{}. {id}{tied}: {title}", place + 1));
         lines.push(format!("   {how_well}{ahead}; seen: {seen}; SPEC.md, section {section}"));
     }
-    if case.verdict == Verdict::Fail && candidates.is_empty() {
+    if case.verdict == Verdict::Fail && candidates.is_empty() && !too_large {
         lines.push("no known mistake, nor a pair of them, explains these numbers".into());
     }
     if explained != Some(0.0) {

@@ -67,6 +67,9 @@ pub struct Diagnosis {
     pub candidates: Vec<Candidate>,
     /// What is remarkable about the numbers, a line each.
     pub facts: Vec<String>,
+    /// The case is too large to be computed under every mistake, so none was tried.
+    #[serde(skip)]
+    pub too_large: bool,
 }
 
 /// Diagnoses a case; empty where it passes.
@@ -98,7 +101,7 @@ fn explain(file: &CaseFile, expected: &Expected, tensors: &[TensorVerdict]) -> R
     let mut facts = facts(file, expected, tensors);
     if terms > SMALL {
         facts.push(format!("too large to be computed under every mistake: {terms} products, and the limit is {SMALL}"));
-        return Ok(Diagnosis { first_diverging, candidates: vec![], facts });
+        return Ok(Diagnosis { first_diverging, facts, too_large: true, ..Diagnosis::default() });
     }
     let candidates = with_mistakes(subject, &file.case, |spoiling| {
         let evidence = Evidence::new(file, expected);
@@ -108,7 +111,7 @@ fn explain(file: &CaseFile, expected: &Expected, tensors: &[TensorVerdict]) -> R
         }
         Ok(ranked(candidates, evidence.unexplained))
     })?;
-    Ok(Diagnosis { first_diverging, candidates, facts })
+    Ok(Diagnosis { first_diverging, candidates, facts, too_large: false })
 }
 
 /// Somebody's answers, and how far off each may be.
@@ -164,7 +167,8 @@ fn errors(actual: &ArrayD<f64>, wrong: &ArrayD<f64>, right: &ArrayD<f64>, bound:
     for ((&actual, &wrong), &bound) in actual.iter().zip(wrong).zip(bound) {
         let same = actual == wrong || (actual.is_nan() && wrong.is_nan());
         let over = if same { 0.0 } else { (actual - wrong).abs() / (larger * bound.max(typical)) };
-        let over = if over.is_nan() { f64::MAX } else { over };
+        // An answer that is no number is as far off as can be, and no mistake's.
+        let over = if over.is_finite() { over } else { f64::MAX };
         most = most.max(over);
         squares += over.min(1e150).powi(2);
     }

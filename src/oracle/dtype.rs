@@ -89,7 +89,8 @@ impl Dtype {
             Self::F32 => 512,
             Self::Bf16 | Self::F16 => 0,
         };
-        Storage { smallest_normal: power_of_two(self.least_exponent()), chain }
+        let total_chain = if self == Self::F64 { usize::MAX } else { 0 };
+        Storage { smallest_normal: power_of_two(self.least_exponent()), chain, total_chain }
     }
 
     /// The little-endian bytes of the nearest number.

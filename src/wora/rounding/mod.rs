@@ -28,6 +28,8 @@ pub struct Storage {
     pub smallest_normal: f64,
     /// How many terms a sum may add up one after the other in the type itself; 0 where sums are kept in a wider one.
     pub chain: usize,
+    /// The same for a norm or a sum over all of an array, which hardly anyone adds up one by one but in the widest type.
+    pub total_chain: usize,
 }
 
 impl Storage {
@@ -35,6 +37,11 @@ impl Storage {
     /// in a row, whose squared errors come to a quarter of the terms' squares for each.
     fn of_sum(self, terms: usize) -> f64 {
         1.0 + self.chain.min(terms) as f64 / 4.0
+    }
+
+    /// The same for a norm or a sum over all of an array.
+    fn of_total(self, terms: usize) -> f64 {
+        Self { chain: self.total_chain, ..self }.of_sum(terms)
     }
 }
 
@@ -144,9 +151,12 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
     fn errors<P: Scalar>(&self, block: usize) -> Option<Evaluation<f64>> {
         let (layer, results, cache) = (self.layer, self.results, self.cache);
         let operands = Operands::<O, P>::new(&layer.operator, cache, self.dy.as_ref());
-        let rows = Rows::new(layer.factors(), cache.direction.as_ref(), self.tiny_sq);
+        let factors = layer.factors();
+        let of_norm = self.storage.of_total(factors.base.ncols());
+        let of_all = self.storage.of_total(factors.base.len());
+        let rows = Rows::new(factors, cache.direction.as_ref(), [of_norm, of_all], self.tiny_sq);
         let of_base = cache.dropped.as_ref().map_or(Magnitudes::NONE, |_| Magnitudes::of(&layer.base.weight).squared());
-        let chain = self.storage.of_sum(layer.operator.fan_in());
+        let chain = self.chain_of_outputs();
         let backward = results.gradients.as_ref().map(|values| (Cotangent::new(self, values), values));
 
         let mut sums = Sums::new(self, &rows);
@@ -210,6 +220,16 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         if self.layer.config.norm_axis == NormAxis::Output { rows } else { rows.reversed_axes() }
     }
 
+    /// The chain of a sum over a unit's weights, as outputs are.
+    fn chain_of_outputs(&self) -> f64 {
+        self.storage.of_sum(self.layer.operator.fan_in())
+    }
+
+    /// The chain of a sum over units, as gradients of inputs are.
+    fn chain_of_inputs(&self) -> f64 {
+        self.storage.of_sum(self.layer.operator.units())
+    }
+
     fn dy(&self) -> &Array3<f64> {
         self.dy.as_ref().expect("a cotangent")
     }
@@ -222,10 +242,10 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
     /// Of y, in its shape, from what the terms of W' add up to. E61
     fn y<P: Scalar>(&self, mut error: Array3<f64>, gain_error: &Array1<f64>, operands: &Operands<O, P>) -> ArrayD<f64> {
         let Self { layer, beta, gamma, tiny_sq, .. } = *self;
-        let (p, chain) = (&self.cache.base_output, self.storage.of_sum(layer.operator.fan_in()));
+        let (p, chain) = (&self.cache.base_output, self.chain_of_outputs());
         let gained_sq = square(&(&layer.b() * &(&self.gain_out * gamma).insert_axis(Axis(1))));
-        let u_sq = square(&self.cache.lora_output);
-        mix_into(error.view_mut(), gained_sq.view(), u_sq.view(), layer.operator.groups());
+        let u_error = square(&self.cache.lora_output) * chain;
+        mix_into(error.view_mut(), gained_sq.view(), u_error.view(), layer.operator.groups());
         if self.cache.dropped.is_some() {
             error += &operands.outputs_of_both(self.base().view(), chain);
         }
@@ -255,15 +275,20 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let Self { layer, gamma, tiny_sq, .. } = *self;
         let (operator, adapter) = (&layer.operator, &values.adapter);
         let Cotangent { chain, dy_sq, t, t_error, p_terms, z_terms, .. } = cotangent;
-        let gain_sq = square(&self.gain_out);
+        let (of_outputs, gain_sq) = (self.chain_of_outputs(), square(&self.gain_out));
+        let (units, fan_in) = layer.weight().dim();
+        let [of_all, of_unit, of_weight] =
+            [units * fan_in, cotangent.outputs, fan_in].map(|terms| self.storage.of_total(terms));
+        let in_a_row = of_unit + of_weight + 1.0;
         let scale = |error: f64, terms: &Array1<f64>, factor: f64, value: &ArrayD<f64>| {
-            let error = error + 3.0 * gain_sq.dot(terms); // summed up in a tree, not in a row
-            value.mapv(|value| factor * factor * error + 2.0 * value * value + tiny_sq) // E68
+            let error = error + in_a_row * gain_sq.dot(terms);
+            value.mapv(|value| factor * factor * error + (1.0 + of_all) * value * value + tiny_sq) // E68
         };
         let [lora_a, lora_b] = self.pair(rows, errors, t);
         let h_sq = dy_sq * &gain_sq.view().insert_axis(Axis(1));
         let u_sq = square(&self.cache.lora_output);
-        let lora_b = lora_b + mix_adjoint_weight(h_sq.view(), u_sq.view(), operator.groups()) * (chain + 2.0); // E69
+        let lora_b =
+            lora_b + mix_adjoint_weight(h_sq.view(), u_sq.view(), operator.groups()) * (chain + of_outputs + 1.0); // E69
         let x_sq = self.cache.adapted_input();
         let x_sq = x_sq.values().and_then(|x| O::Input::from_values(x.mapv(|x| x * x))).unwrap_or_else(|| x_sq.clone());
         let mut of_t = operator.power(2).adjoint_weight(&x_sq, t_error.view()) * square(&self.gain_in) * (chain + 2.0);
@@ -354,7 +379,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         operands: &Operands<O, P>,
     ) -> ArrayD<f64> {
         let Self { layer, gamma, tiny_sq, .. } = *self;
-        let (operator, x, chain) = (&layer.operator, &self.cache.x, self.storage.of_sum(layer.operator.units()));
+        let (operator, x, chain) = (&layer.operator, &self.cache.x, self.chain_of_inputs());
         let gained_a = &layer.a() * &self.gain_in * gamma;
         let Cotangent { t, t_error, du, .. } = cotangent;
         let (lora, du) =
@@ -447,7 +472,8 @@ impl Cotangent {
         let dy_sq = square(dy);
         let gained = &layer.b() * &passes.gain_out.view().insert_axis(Axis(1));
         let t = mix_adjoint_input(gained.view(), dy.view(), groups);
-        let t_error = mix_adjoint_input(square(&gained).view(), dy_sq.view(), groups) + square(&t);
+        let t_terms = mix_adjoint_input(square(&gained).view(), dy_sq.view(), groups);
+        let t_error = (t_terms + square(&t)) * passes.chain_of_inputs();
         let du = du(passes, values, &t);
 
         let norms = layer.base_sq.len();
@@ -456,15 +482,18 @@ impl Cotangent {
             let dm = values.adapter.magnitude.as_ref().expect("dm").view().into_shape_with_order(norms);
             dgain = &dm.expect("one an entry of m") * weight_norm; // E28
             let terms = match layer.config.norm_axis {
-                NormAxis::Output => &p_terms * (beta * beta) + &z_terms * (gamma * gamma),
+                NormAxis::Output => {
+                    (&p_terms * (beta * beta) + &z_terms * (gamma * gamma)) * (chain + passes.chain_of_outputs())
+                }
                 NormAxis::Input => {
                     let terms =
                         square(&(&cache.adapted_input().values().expect("features") * du.as_ref().expect("du")));
                     let rows = terms.len() / norms;
                     terms.into_shape_with_order((rows, norms)).expect("[outer, features]").sum_axis(Axis(0))
+                        * (chain + passes.chain_of_inputs())
                 }
             };
-            dgain_error = terms * (chain + 1.0); // E64
+            dgain_error = terms; // E64
         }
         let fraction = layer.operator.gradient_fraction(&cache.x).map(Array1::from);
         Self { outputs, chain, dy_sq, p_terms, z_terms, t, t_error, du, dgain, dgain_error, fraction }
@@ -492,7 +521,7 @@ mod tests {
     use rand::{RngExt, SeedableRng};
     use rand_pcg::Pcg64;
 
-    const STORAGE: Storage = Storage { smallest_normal: 0.0, chain: 512 };
+    const STORAGE: Storage = Storage { smallest_normal: 0.0, chain: 512, total_chain: 512 };
 
     /// Every error of a masked layer of 7 units, by `errors`.
     fn with_passes(

@@ -25,6 +25,9 @@ pub(super) struct Rows<'a> {
     right_sq: Array2<f64>,
     /// `None` for LoRA.
     direction: Option<&'a Direction<f64>>,
+    /// Of a sum over a row, and over all rows
+    chain: f64,
+    total_chain: f64,
     /// `t^2`
     tiny_sq: f64,
 }
@@ -159,10 +162,15 @@ struct Row<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// `tiny_sq` is `t^2`.
-    pub fn new(factors: Factors<'a, f64>, direction: Option<&'a Direction<f64>>, tiny_sq: f64) -> Self {
+    /// The chains of a sum over a row and over all rows; `tiny_sq` is `t^2`.
+    pub fn new(
+        factors: Factors<'a, f64>,
+        direction: Option<&'a Direction<f64>>,
+        [chain, total_chain]: [f64; 2],
+        tiny_sq: f64,
+    ) -> Self {
         let (left_sq, right_sq) = (factors.left.mapv(|l| l * l), factors.right.mapv(|r| r * r));
-        Self { factors, left_sq, right_sq, direction, tiny_sq }
+        Self { factors, left_sq, right_sq, direction, chain, total_chain, tiny_sq }
     }
 
     /// How many of so many rows a thread takes at a time.
@@ -221,7 +229,8 @@ impl<'a> Rows<'a> {
         // What alpha s and beta are rounded by reaches every element alike.
         let lora = alpha * scaling * row.weighted.dot(&row.delta);
         let of_base = beta * row.weighted.dot(&row.base);
-        let relative = (apart + lora * lora + of_base * of_base) / (norm[i] * weight_norm[i]).powi(2) + 3.0; // E57
+        let relative = (apart + lora * lora + of_base * of_base) / (norm[i] * weight_norm[i]).powi(2); // E57
+        let relative = relative + 3.0 + (self.chain - 1.0) / 4.0; // E57
         [relative, relative + 1.0] // E58
     }
 
@@ -451,12 +460,14 @@ impl Rows<'_> {
         let shared = |other: ArrayView1<'_, f64>| {
             gain_error * direct.dot(&other).powi(2) + k_error * row.weighted.dot(&other).powi(2)
         };
-        let of_delta = Zip::from(dweighted)
-            .and(dweighted_error)
-            .and(row.delta)
-            .and(&row.delta_error)
-            .map_collect(|&dv, &error, &delta, &delta_error| error * delta * delta + dv * dv * delta_error);
+        let added = self.total_chain - 1.0;
+        let of_delta = Zip::from(dweighted).and(dweighted_error).and(row.delta).and(&row.delta_error);
+        let of_delta = of_delta.map_collect(|&dv, &error, &delta, &delta_error| {
+            (error + added * dv * dv) * delta * delta + dv * dv * delta_error
+        });
+        let of_base = Zip::from(dweighted).and(dweighted_error).and(row.base);
+        let of_base = of_base.map_collect(|&dv, &error, &w| (error + added * dv * dv) * w * w);
         errors.alpha += of_delta.sum() + shared(row.delta);
-        errors.beta += row.base.dot(&(dweighted_error * &row.base)) + shared(row.base);
+        errors.beta += of_base.sum() + shared(row.base);
     }
 }
