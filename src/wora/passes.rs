@@ -130,7 +130,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
     }
 
     /// The gains of input columns and of output units: at most one of them is not 1.
-    fn split_gain<'g>(
+    pub(super) fn split_gain<'g>(
         &self,
         gain: Option<ArrayView1<'g, T>>,
     ) -> (Option<ArrayView1<'g, T>>, Option<ArrayView1<'g, T>>) {
@@ -228,7 +228,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         if let Some(direction) = &cache.direction {
             let dgain = match self.config.norm_axis {
                 NormAxis::Output => &p * beta + &z * gamma, // E27
-                NormAxis::Input => column_products(cache, du.as_ref().expect("features")), // E27
+                NormAxis::Input => column_sums(feature_products(cache, du.as_ref().expect("features"))), // E27
             };
             magnitude = Some(direction.dmagnitude(dgain.view())); // E28
             if self.config.norm_gradient == NormGradient::Full {
@@ -322,10 +322,14 @@ fn masked<'x, O: Operator, T: Scalar>(
     Ok((mask.to_owned(), masked))
 }
 
-/// `sum over rows of x~ du` for every column: `[fan_in]`.
-fn column_products<O: Operator, T: Scalar>(cache: &Cache<'_, O, T>, du: &ArrayD<T>) -> Array1<T> {
-    let products = &cache.adapted_input().values().expect("features") * du;
-    let columns = products.shape().last().copied().unwrap_or(1);
-    let rows = products.len() / columns;
-    products.into_shape_with_order((rows, columns)).expect("standard layout").sum_axis(Axis(0))
+/// `x~ du`, in the shape of x, whose sums over rows are the gradients of the columns' gains.
+pub(super) fn feature_products<O: Operator, T: Scalar>(cache: &Cache<'_, O, T>, du: &ArrayD<T>) -> ArrayD<T> {
+    &cache.adapted_input().values().expect("features") * du
+}
+
+/// Sums over rows, for every column: `[fan_in]`.
+pub(super) fn column_sums<T: Scalar>(values: ArrayD<T>) -> Array1<T> {
+    let columns = values.shape().last().copied().unwrap_or(1);
+    let rows = values.len() / columns;
+    values.into_shape_with_order((rows, columns)).expect("standard layout").sum_axis(Axis(0))
 }

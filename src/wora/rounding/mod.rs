@@ -5,16 +5,19 @@
 //! made of them, and the one that stores V, W' and dW'. Errors are in unit roundoffs of the type stored in; every
 //! `*_error` holds squares of them.
 
+mod cotangent;
 mod operands;
 mod rows;
+#[cfg(test)]
+mod tests;
 
-use super::{Adapter, Cache, Direction, Evaluation, Gradients, Layer, NormAxis};
+use super::{Adapter, Cache, Evaluation, Gradients, Layer, NormAxis};
 use crate::Scalar;
-use crate::operators::{
-    Input, Operator, channel_products, channel_sums, in_standard_layout, mix_adjoint_input, mix_adjoint_weight,
-    mix_into,
+use crate::operators::{Input, Operator, channel_sums, in_standard_layout, mix_adjoint_weight, mix_into};
+use cotangent::Cotangent;
+use ndarray::{
+    Array1, Array2, Array3, ArrayBase, ArrayD, ArrayView1, ArrayViewD, Axis, CowArray, Dimension, Ix2, RawData, Zip,
 };
-use ndarray::{Array1, Array2, Array3, ArrayBase, ArrayD, ArrayViewD, Axis, CowArray, Dimension, Ix2, RawData, Zip};
 use operands::{Magnitudes, Operands, Units};
 use rows::{Backward, RowErrors, Rows, Terms, WeightErrors};
 
@@ -58,10 +61,11 @@ impl<O: Operator> Layer<O, f64> {
         storage: Storage,
     ) -> Evaluation<f64> {
         let passes = Passes::new(self, cache, dy, results, storage);
+        let cotangent = results.gradients.as_ref().map(|values| Cotangent::new(&passes, values));
         // A lookup has no large products, and its factor may have any size.
-        let narrow = cache.x.values().and_then(|_| passes.errors::<f32>(BLOCK));
+        let narrow = cache.x.values().and_then(|_| passes.errors::<f32>(cotangent.as_ref(), BLOCK));
         let Evaluation { y, weighted, weight_norm, gain, merged_weight, gradients } =
-            narrow.or_else(|| passes.errors::<f64>(BLOCK)).expect("errors in f64");
+            narrow.or_else(|| passes.errors::<f64>(cotangent.as_ref(), BLOCK)).expect("errors in f64");
         let gradients = gradients.map(|Gradients { x, weight, bias, adapter }| {
             let Adapter { lora_a, lora_b, magnitude, alpha, beta } = adapter;
             Gradients {
@@ -127,9 +131,10 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let shape = cache.base_output.dim();
         let mut mixed = Array3::zeros(shape);
         mix_into(mixed.view_mut(), layer.b(), cache.lora_output.view(), layer.operator.groups());
-        let gains = |axis: NormAxis, length: usize| match &cache.direction {
-            Some(direction) if layer.config.norm_axis == axis => direction.gain.clone(),
-            _ => Array1::ones(length),
+        let gain = cache.direction.as_ref().map(|direction| direction.gain.view());
+        let (gain_in, gain_out) = layer.split_gain(gain);
+        let or_ones = |gain: Option<ArrayView1<'_, f64>>, length| {
+            gain.map_or_else(|| Array1::ones(length), |gain| gain.to_owned())
         };
         Self {
             layer,
@@ -139,8 +144,8 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             tiny_sq: storage.smallest_normal.powi(2),
             beta: layer.beta(),
             gamma: layer.alpha() * layer.scaling(),
-            gain_out: gains(NormAxis::Output, layer.operator.units()),
-            gain_in: gains(NormAxis::Input, layer.operator.fan_in()),
+            gain_out: or_ones(gain_out, layer.operator.units()),
+            gain_in: or_ones(gain_in, layer.operator.fan_in()),
             mixed,
             dy: dy.map(|dy| dy.to_shape(shape).expect("as many as y").into_owned()),
         }
@@ -148,23 +153,21 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
 
     /// The squared errors of every result, large products computed in P, of about `block` elements of the weight at a time;
     /// `None` where P has not the range for them.
-    fn errors<P: Scalar>(&self, block: usize) -> Option<Evaluation<f64>> {
+    fn errors<P: Scalar>(&self, cotangent: Option<&Cotangent>, block: usize) -> Option<Evaluation<f64>> {
         let (layer, results, cache) = (self.layer, self.results, self.cache);
         let operands = Operands::<O, P>::new(&layer.operator, cache, self.dy.as_ref());
         let factors = layer.factors();
         let of_norm = self.storage.of_total(factors.base.ncols());
-        let of_all = self.storage.of_total(factors.base.len());
-        let rows = Rows::new(factors, cache.direction.as_ref(), [of_norm, of_all], self.tiny_sq);
+        let rows = Rows::new(factors, cache.direction.as_ref(), [of_norm, self.chain_of_all()], self.tiny_sq);
         let of_base = cache.dropped.as_ref().map_or(Magnitudes::NONE, |_| Magnitudes::of(&layer.base.weight).squared());
         let chain = self.chain_of_outputs();
-        let backward = results.gradients.as_ref().map(|values| (Cotangent::new(self, values), values));
 
         let mut sums = Sums::new(self, &rows);
         let blocks = self.blocks(block);
         let mut terms = Terms::<P>::new(blocks[0].0.len(), rows.factors.base.ncols(), sums.x.is_some());
         for (range, units) in blocks {
-            let dmerged = backward.as_ref().map(|_| operands.weights(&units));
-            let of_rows = backward.as_ref().zip(dmerged.as_ref()).map(|((cotangent, _), [x, terms])| Backward {
+            let dmerged = cotangent.map(|_| operands.weights(&units));
+            let of_rows = cotangent.zip(dmerged.as_ref()).map(|(cotangent, [x, terms])| Backward {
                 dmerged: (self.as_weight(x.0.view()), x.1),
                 dmerged_terms: (self.as_weight(terms.0.view()), terms.1),
                 chain: cotangent.chain,
@@ -194,12 +197,12 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             weight_norm: per_norm(&errors.norm, &results.weight_norm),
             gain: per_norm(&errors.gain, &results.gain),
             merged_weight: results.merged_weight.as_ref().map(|_| stored(merged)),
-            gradients: backward.map(|(cotangent, values)| {
+            gradients: results.gradients.as_ref().zip(cotangent).map(|(values, cotangent)| {
                 let x =
-                    values.x.as_ref().zip(x).map(|(dx, terms)| self.dx(dx, terms, &errors.gain, &cotangent, &operands));
+                    values.x.as_ref().zip(x).map(|(dx, terms)| self.dx(dx, terms, &errors.gain, cotangent, &operands));
                 let weight =
                     values.weight.as_ref().map(|value| self.dweight(value, dweighted, cotangent.chain, &operands));
-                Gradients { x, weight, ..self.gradients(values, &cotangent, &errors, &rows) }
+                Gradients { x, weight, ..self.gradients(values, cotangent, &errors, &rows) }
             }),
         })
     }
@@ -228,6 +231,11 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
     /// The chain of a sum over units, as gradients of inputs are.
     fn chain_of_inputs(&self) -> f64 {
         self.storage.of_sum(self.layer.operator.units())
+    }
+
+    /// The chain of a sum over all of the weight.
+    fn chain_of_all(&self) -> f64 {
+        self.storage.of_total(self.layer.base.weight.len())
     }
 
     fn dy(&self) -> &Array3<f64> {
@@ -276,9 +284,8 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let (operator, adapter) = (&layer.operator, &values.adapter);
         let Cotangent { chain, dy_sq, t, t_error, p_terms, z_terms, .. } = cotangent;
         let (of_outputs, gain_sq) = (self.chain_of_outputs(), square(&self.gain_out));
-        let (units, fan_in) = layer.weight().dim();
-        let [of_all, of_unit, of_weight] =
-            [units * fan_in, cotangent.outputs, fan_in].map(|terms| self.storage.of_total(terms));
+        let of_all = self.chain_of_all();
+        let [of_unit, of_weight] = [cotangent.outputs, operator.fan_in()].map(|terms| self.storage.of_total(terms));
         let in_a_row = of_unit + of_weight + 1.0;
         let scale = |error: f64, terms: &Array1<f64>, factor: f64, value: &ArrayD<f64>| {
             let error = error + in_a_row * gain_sq.dot(terms);
@@ -432,167 +439,6 @@ impl Sums {
             },
             y: Array3::zeros(passes.mixed.dim()),
             x: dx.map(|dx| ArrayD::zeros(dx.shape())),
-        }
-    }
-}
-
-/// The backward, as far as it comes before the weight's.
-struct Cotangent {
-    /// How many outputs a unit has, and the chain of a sum over them.
-    outputs: usize,
-    chain: f64,
-    /// `[outer, units, inner]`
-    dy_sq: Array3<f64>,
-    /// The sums of dy^2 P^2 and dy^2 Z^2 over a unit's outputs: `[units]`
-    p_terms: Array1<f64>,
-    z_terms: Array1<f64>,
-    /// T = H B, stored, and its error: `[outer, rank, inner]`
-    t: Array3<f64>,
-    t_error: Array3<f64>,
-    /// The gradient of what meets the weight, before the gains of columns, in the shape of x; `None` for ids
-    du: Option<ArrayD<f64>>,
-    /// The gradient of g, and what the factored way adds to its error: one a row
-    dgain: Array1<f64>,
-    dgain_error: Array1<f64>,
-    /// `[fan_in]`: in column j a lookup lets only a fraction of its gradient through.
-    fraction: Option<Array1<f64>>,
-}
-
-impl Cotangent {
-    fn new<O: Operator>(passes: &Passes<'_, '_, O>, values: &Gradients<f64>) -> Self {
-        let Passes { layer, cache, beta, gamma, .. } = *passes;
-        let (dy, groups) = (passes.dy(), layer.operator.groups());
-        let outputs = dy.len_of(Axis(0)) * dy.len_of(Axis(2));
-        let chain = passes.storage.of_sum(outputs);
-        let of_unit = |values: &Array3<f64>| {
-            let terms = Zip::from(dy).and(values).par_map_collect(|dy, value| dy * value);
-            channel_products(terms.view(), terms.view())
-        };
-        let (p_terms, z_terms) = (of_unit(&cache.base_output), of_unit(&passes.mixed));
-        let dy_sq = square(dy);
-        let gained = &layer.b() * &passes.gain_out.view().insert_axis(Axis(1));
-        let t = mix_adjoint_input(gained.view(), dy.view(), groups);
-        let t_terms = mix_adjoint_input(square(&gained).view(), dy_sq.view(), groups);
-        let t_error = (t_terms + square(&t)) * passes.chain_of_inputs();
-        let du = du(passes, values, &t);
-
-        let norms = layer.base_sq.len();
-        let (mut dgain, mut dgain_error) = (Array1::zeros(norms), Array1::zeros(norms));
-        if let Some(Direction { weight_norm, .. }) = &cache.direction {
-            let dm = values.adapter.magnitude.as_ref().expect("dm").view().into_shape_with_order(norms);
-            dgain = &dm.expect("one an entry of m") * weight_norm; // E28
-            let terms = match layer.config.norm_axis {
-                NormAxis::Output => {
-                    (&p_terms * (beta * beta) + &z_terms * (gamma * gamma)) * (chain + passes.chain_of_outputs())
-                }
-                NormAxis::Input => {
-                    let terms =
-                        square(&(&cache.adapted_input().values().expect("features") * du.as_ref().expect("du")));
-                    let rows = terms.len() / norms;
-                    terms.into_shape_with_order((rows, norms)).expect("[outer, features]").sum_axis(Axis(0))
-                        * (chain + passes.chain_of_inputs())
-                }
-            };
-            dgain_error = terms; // E64
-        }
-        let fraction = layer.operator.gradient_fraction(&cache.x).map(Array1::from);
-        Self { outputs, chain, dy_sq, p_terms, z_terms, t, t_error, du, dgain, dgain_error, fraction }
-    }
-}
-
-fn du<O: Operator>(passes: &Passes<'_, '_, O>, values: &Gradients<f64>, t: &Array3<f64>) -> Option<ArrayD<f64>> {
-    let (layer, cache) = (passes.layer, passes.cache);
-    if cache.dropped.is_none() && layer.config.norm_axis == NormAxis::Output {
-        return values.x.clone();
-    }
-    let h_beta = passes.dy() * &(&passes.gain_out * passes.beta).insert_axis(Axis(1));
-    let t = t * passes.gamma;
-    let pairs = [(h_beta.view(), layer.weight()), (t.view(), layer.a())];
-    layer.operator.adjoint_input(&cache.x, &pairs)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::operators::Linear;
-    use crate::wora::{Base, Config, Method, NormGradient, RequiresGrad};
-    use approx::assert_relative_eq;
-    use ndarray::IxDyn;
-    use rand::{RngExt, SeedableRng};
-    use rand_pcg::Pcg64;
-
-    const STORAGE: Storage = Storage { smallest_normal: 0.0, chain: 512, total_chain: 512 };
-
-    /// Every error of a masked layer of 7 units, by `errors`.
-    fn with_passes(
-        seed: u64,
-        axis: NormAxis,
-        errors: impl FnOnce(&Passes<'_, '_, Linear>) -> Option<Evaluation<f64>>,
-    ) -> Option<Vec<ArrayD<f64>>> {
-        let mut rng = Pcg64::seed_from_u64(seed);
-        let mut draw = |shape: &[usize]| ArrayD::from_shape_simple_fn(IxDyn(shape), || rng.random_range(-1.0..1.0));
-        let operator = Linear { in_features: 5, out_features: 7, fan_in_fan_out: false };
-        let config = Config { norm_axis: axis, norm_gradient: NormGradient::Full, ..Config::new(Method::Wora, 1.5) };
-        let base = Base { weight: draw(&[7, 5]), bias: Some(draw(&[7])) };
-        let norms = if axis == NormAxis::Output { 7 } else { 5 };
-        let adapter = Adapter {
-            lora_a: draw(&[2, 5]),
-            lora_b: draw(&[7, 2]),
-            magnitude: Some(draw(&[norms])),
-            alpha: Some(draw(&[])),
-            beta: Some(draw(&[])),
-        };
-        let layer = Layer::new(operator, config, base, adapter).expect("a layer");
-        let (x, mask, dy) =
-            (draw(&[3, 5]), draw(&[3, 5]).mapv(|kept| if kept > 0.0 { 2.0 } else { 0.0 }), draw(&[3, 7]));
-        let (y, cache) = layer.forward(x.into(), Some(mask.view())).expect("y");
-        let gradients = layer.gradients(&cache, dy.view(), RequiresGrad::ALL).expect("gradients");
-        let Direction { weight_norm, gain, .. } = cache.direction.clone().expect("a direction");
-        let results = Evaluation {
-            y,
-            weighted: Some(layer.weighted()),
-            weight_norm: Some(weight_norm),
-            gain: Some(gain),
-            merged_weight: Some(layer.merge().expect("W'").weight),
-            gradients: Some(gradients),
-        };
-        let Evaluation { y, weighted, weight_norm, gain, merged_weight, gradients } =
-            errors(&Passes::new(&layer, &cache, Some(dy.view()), &results, STORAGE))?;
-        let Gradients { x, weight, bias, adapter } = gradients.expect("gradients");
-        let of_adapter = adapter.named(Linear::LORA_NAMES).into_iter().map(|(_, error)| error.to_owned());
-        let all = [
-            Some(y),
-            weighted,
-            weight_norm.map(Array1::into_dyn),
-            gain.map(Array1::into_dyn),
-            merged_weight,
-            x,
-            weight,
-            bias,
-        ];
-        Some(all.map(|error| error.expect("every result")).into_iter().chain(of_adapter).collect())
-    }
-
-    #[test]
-    fn errors_do_not_depend_on_how_many_rows_are_looked_at_together() {
-        let whole = with_passes(1, NormAxis::Output, |passes| passes.errors::<f64>(35)).expect("errors");
-        assert_eq!(whole.len(), 13);
-        for block in [5, 10, 15] {
-            let blocks = with_passes(1, NormAxis::Output, |passes| passes.errors::<f64>(block)).expect("errors");
-            for (whole, blocks) in whole.iter().zip(&blocks) {
-                assert_relative_eq!(whole, blocks, max_relative = 1e-13);
-            }
-        }
-    }
-
-    #[test]
-    fn errors_in_f32_are_those_in_f64() {
-        for axis in [NormAxis::Output, NormAxis::Input] {
-            let wide = with_passes(2, axis, |passes| passes.errors::<f64>(BLOCK)).expect("errors");
-            let narrow = with_passes(2, axis, |passes| passes.errors::<f32>(10)).expect("errors");
-            for (wide, narrow) in wide.iter().zip(&narrow) {
-                assert_relative_eq!(wide, narrow, max_relative = 1e-4);
-            }
         }
     }
 }

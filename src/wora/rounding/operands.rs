@@ -4,7 +4,9 @@
 use crate::Scalar;
 use crate::operators::{Input, Operator};
 use crate::wora::Cache;
-use ndarray::{Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut3, Axis, Ix3, Zip};
+use ndarray::{
+    Array, Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut3, Axis, Dimension, Ix3, Zip,
+};
 use rayon::prelude::*;
 
 /// The smallest magnitude but 0, and the largest.
@@ -125,13 +127,11 @@ impl<O: Operator, P: Scalar> Operands<O, P> {
 
     /// `l op2(x^2, W^2) + op(x, W)^2`, for `x~` and for x, of the whole W.
     pub fn outputs_of_both(&self, weight: ArrayView2<'_, P>, chain: f64) -> Array3<f64> {
-        let (weight_sq, scale) = (weight.mapv(|w| w * w), self.x_scale);
+        let weight_sq = weight.mapv(|w| w * w);
         let of = |x: &Squared<O::Input<'static, P>>| {
             let terms = self.squared.apply(&x.squares, &[weight_sq.view()]).swap_remove(0);
             let whole = self.operator.apply(&x.values, &[weight]).swap_remove(0);
-            Zip::from(&terms)
-                .and(&whole)
-                .map_collect(|terms, whole| scale * scale * (chain * terms.as_f64() + whole.as_f64().powi(2)))
+            chained(&terms, &whole, chain, self.x_scale)
         };
         self.inputs.iter().map(of).reduce(|sum, one| sum + one).expect("an input")
     }
@@ -145,13 +145,11 @@ impl<O: Operator, P: Scalar> Operands<O, P> {
 
     /// `l op2*(dy^2, W^2) + op*(dy, W)^2`, in the shape of x, of the whole W.
     pub fn inputs_of_both(&self, weight: ArrayView2<'_, P>, chain: f64) -> ArrayD<f64> {
-        let (dy, scale, x) = (self.dy(), self.dy_scale, &self.inputs[0]);
+        let (dy, x) = (self.dy(), &self.inputs[0]);
         let weight_sq = weight.mapv(|w| w * w);
         let terms = self.squared.adjoint_input(&x.squares, &[(dy.squares.view(), weight_sq.view())]);
         let whole = self.operator.adjoint_input(&x.values, &[(dy.values.view(), weight)]);
-        Zip::from(&terms.expect("values"))
-            .and(&whole.expect("values"))
-            .map_collect(|terms, whole| scale * scale * (chain * terms.as_f64() + whole.as_f64().powi(2)))
+        chained(&terms.expect("values"), &whole.expect("values"), chain, self.dy_scale)
     }
 
     /// `X = op*(x~, dy)` and `op2*(x~^2, dy^2)` for some units, `[units, fan_in]`, each with what it is to be multiplied
@@ -163,10 +161,8 @@ impl<O: Operator, P: Scalar> Operands<O, P> {
     /// The same of all units, summed up as `l op2*(x^2, dy^2) + op*(x, dy)^2` for `x~` and for x.
     pub fn weights_of_both(&self, chain: f64) -> Array2<f64> {
         let of = |x| {
-            let [(whole, scale), (terms, scale_sq)] = self.weights_of(&Units::all(self.operator.units()), x);
-            Zip::from(&terms)
-                .and(&whole)
-                .map_collect(|terms, whole| chain * scale_sq * terms.as_f64() + (scale * whole.as_f64()).powi(2))
+            let [(whole, scale), (terms, _)] = self.weights_of(&Units::all(self.operator.units()), x);
+            chained(&terms, &whole, chain, scale)
         };
         self.inputs.iter().map(of).reduce(|sum, one| sum + one).expect("an input")
     }
@@ -214,6 +210,12 @@ impl Units {
     fn slice_mut<'v, P>(&self, values: ArrayViewMut3<'v, P>) -> ArrayViewMut3<'v, P> {
         values.slice_axis_move(Axis(1), self.range.clone().into())
     }
+}
+
+/// The square of the error of sums of which `terms` are the squared terms and `whole` the sums.
+fn chained<P: Scalar, D: Dimension>(terms: &Array<P, D>, whole: &Array<P, D>, chain: f64, scale: f64) -> Array<f64, D> {
+    let error = |terms: &P, whole: &P| scale * scale * (chain * terms.as_f64() + whole.as_f64().powi(2));
+    Zip::from(terms).and(whole).map_collect(error)
 }
 
 fn squared<P: Scalar>(values: ArrayViewD<'_, f64>, scale: f64) -> Squared<ArrayD<P>> {

@@ -1,0 +1,79 @@
+//! The backward as far as it comes before the weight's: what is made of dy and of the outputs.
+
+use super::{Passes, square};
+use crate::operators::{Operator, channel_products, mix_adjoint_input};
+use crate::wora::passes::{column_sums, feature_products};
+use crate::wora::{Direction, Gradients, NormAxis};
+use ndarray::{Array1, Array3, ArrayD, Axis, Zip};
+
+/// The backward, as far as it comes before the weight's.
+pub(super) struct Cotangent {
+    /// How many outputs a unit has, and the chain of a sum over them.
+    pub outputs: usize,
+    pub chain: f64,
+    /// `[outer, units, inner]`
+    pub dy_sq: Array3<f64>,
+    /// The sums of dy^2 P^2 and dy^2 Z^2 over a unit's outputs: `[units]`
+    pub p_terms: Array1<f64>,
+    pub z_terms: Array1<f64>,
+    /// T = H B, stored, and its error: `[outer, rank, inner]`
+    pub t: Array3<f64>,
+    pub t_error: Array3<f64>,
+    /// The gradient of what meets the weight, before the gains of columns, in the shape of x; `None` for ids
+    pub du: Option<ArrayD<f64>>,
+    /// The gradient of g, and what the factored way adds to its error: one a row
+    pub dgain: Array1<f64>,
+    pub dgain_error: Array1<f64>,
+    /// `[fan_in]`: in column j a lookup lets only a fraction of its gradient through.
+    pub fraction: Option<Array1<f64>>,
+}
+
+impl Cotangent {
+    pub fn new<O: Operator>(passes: &Passes<'_, '_, O>, values: &Gradients<f64>) -> Self {
+        let Passes { layer, cache, beta, gamma, .. } = *passes;
+        let (dy, groups) = (passes.dy(), layer.operator.groups());
+        let outputs = dy.len_of(Axis(0)) * dy.len_of(Axis(2));
+        let chain = passes.storage.of_sum(outputs);
+        let of_unit = |values: &Array3<f64>| {
+            let terms = Zip::from(dy).and(values).par_map_collect(|dy, value| dy * value);
+            channel_products(terms.view(), terms.view())
+        };
+        let (p_terms, z_terms) = (of_unit(&cache.base_output), of_unit(&passes.mixed));
+        let dy_sq = square(dy);
+        let gained = &layer.b() * &passes.gain_out.view().insert_axis(Axis(1));
+        let t = mix_adjoint_input(gained.view(), dy.view(), groups);
+        let t_terms = mix_adjoint_input(square(&gained).view(), dy_sq.view(), groups);
+        let t_error = (t_terms + square(&t)) * passes.chain_of_inputs();
+        let du = du(passes, values, &t);
+
+        let norms = layer.base_sq.len();
+        let (mut dgain, mut dgain_error) = (Array1::zeros(norms), Array1::zeros(norms));
+        if let Some(Direction { weight_norm, .. }) = &cache.direction {
+            let dm = values.adapter.magnitude.as_ref().expect("dm").view().into_shape_with_order(norms);
+            dgain = &dm.expect("one an entry of m") * weight_norm; // E28
+            let terms = match layer.config.norm_axis {
+                NormAxis::Output => {
+                    (&p_terms * (beta * beta) + &z_terms * (gamma * gamma)) * (chain + passes.chain_of_outputs())
+                }
+                NormAxis::Input => {
+                    let products = feature_products(cache, du.as_ref().expect("du"));
+                    column_sums(square(&products)) * (chain + passes.chain_of_inputs())
+                }
+            };
+            dgain_error = terms; // E64
+        }
+        let fraction = layer.operator.gradient_fraction(&cache.x).map(Array1::from);
+        Self { outputs, chain, dy_sq, p_terms, z_terms, t, t_error, du, dgain, dgain_error, fraction }
+    }
+}
+
+fn du<O: Operator>(passes: &Passes<'_, '_, O>, values: &Gradients<f64>, t: &Array3<f64>) -> Option<ArrayD<f64>> {
+    let (layer, cache) = (passes.layer, passes.cache);
+    if cache.dropped.is_none() && layer.config.norm_axis == NormAxis::Output {
+        return values.x.clone();
+    }
+    let h_beta = passes.dy() * &(&passes.gain_out * passes.beta).insert_axis(Axis(1));
+    let t = t * passes.gamma;
+    let pairs = [(h_beta.view(), layer.weight()), (t.view(), layer.a())];
+    layer.operator.adjoint_input(&cache.x, &pairs)
+}
