@@ -437,23 +437,21 @@ impl<O: Operator> Subject for Adapted<O> {
                 lora_a: as_matrix(&here.adapter.lora_a).to_owned(),
             },
         )?;
-        let here =
-            Self::with_definition(case, |_, values| values.to_owned(), |here, _| formula.evaluate(&here, &anchor))??;
-        let Some(Evaluated { weight_norm, .. }) = here else { return Ok(None) };
+        let constants = |_: &str, values: ArrayViewD<'_, f64>| values.mapv(Traced::constant);
+        let here = Self::with_definition(case, constants, |here, _| formula.weight_norm(&here, &anchor))??;
+        let Some(weight_norm) = here else { return Ok(None) };
         anchor.weight_norm = Some(weight_norm);
         let (formula, case) = (*formula, case.clone());
         Ok(Some(Box::new(move |inputs| {
             let results = |there: Definition<'_, '_, O, Traced>| {
                 let evaluated = formula.evaluate(&there, &anchor)?;
                 let Evaluated { y, weight_norm, gain, weighted, merged } =
-                    evaluated.expect("a formula that has been evaluated at the case");
-                let stored = |matrix: Array2<Traced>| there.operator.stored_weight(matrix);
+                    evaluated.expect("a formula that fits the case");
+                let stored = |matrix: Array2<f64>| there.operator.stored_weight(matrix);
                 let mut stages = BTreeMap::from([("weighted", stored(weighted)), ("merged_weight", stored(merged))]);
                 if there.config.has_norm() {
-                    stages.extend(
-                        [("weight_norm", weight_norm), ("gain", gain)]
-                            .map(|(name, each)| (name, Array1::from(each).into_dyn())),
-                    );
+                    let norms = [("weight_norm", weight_norm), ("gain", gain)];
+                    stages.extend(norms.map(|(name, each)| (name, Array1::from(each).into_dyn())));
                 }
                 Ok(FormulaResults { y, stages })
             };

@@ -1,5 +1,6 @@
 //! Numbers that remember how they came about, so that one sweep back finds the derivative of a result with respect to
-//! everything it was made of: reverse-mode differentiation.
+//! everything it was made of: reverse-mode differentiation. What is linear in many numbers at once, a product of
+//! matrices or an operator, is remembered as one [`block`] with its adjoint.
 //!
 //! ```
 //! use ndarray::{ArrayD, array};
@@ -19,13 +20,13 @@ use crate::{Real, Result};
 use ndarray::ArrayD;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::ops::{Add, Div, Mul, Sub};
+use std::ops::{Add, Div, Mul, Range, Sub};
 
 /// A number on the tape of the thread that made it; a constant is on none.
 #[derive(Clone, Copy, Debug)]
 pub struct Traced {
     value: f64,
-    node: usize,
+    node: u32,
 }
 
 /// Tensors of traced numbers by their names.
@@ -34,34 +35,84 @@ pub type TracedTensors = BTreeMap<String, ArrayD<Traced>>;
 /// What a number was made of, and its derivative with respect to each.
 #[derive(Clone, Copy)]
 struct Node {
-    parents: [usize; 2],
+    parents: [u32; 2],
     partials: [f64; 2],
 }
 
-const CONSTANT: usize = usize::MAX;
+/// The node of a number that is on no tape.
+const CONSTANT: u32 = u32::MAX;
+
+/// What a block does with the cotangent of its results.
+type Backward = Box<dyn FnOnce(&ArrayD<f64>, &mut Adjoints)>;
+
+/// Results that were computed all at once, and their nodes.
+struct Block {
+    results: Range<usize>,
+    shape: Vec<usize>,
+    backward: Backward,
+}
+
+#[derive(Default)]
+struct Tape {
+    nodes: Vec<Node>,
+    blocks: Vec<Block>,
+}
+
+impl Tape {
+    fn push(&mut self, parents: [u32; 2], partials: [f64; 2]) -> u32 {
+        let node = u32::try_from(self.nodes.len()).ok().filter(|&node| node != CONSTANT);
+        self.nodes.push(Node { parents, partials });
+        node.expect("fewer than 2^32 operations")
+    }
+}
 
 thread_local! {
-    static TAPE: RefCell<Vec<Node>> = const { RefCell::new(Vec::new()) };
+    static TAPE: RefCell<Tape> = const { RefCell::new(Tape { nodes: Vec::new(), blocks: Vec::new() }) };
+}
+
+/// The derivatives of a result, as far as the sweep has come.
+pub struct Adjoints(Vec<f64>);
+
+impl Adjoints {
+    /// Adds amounts to the derivatives with respect to as many numbers; constants have none.
+    pub fn add<'a>(&mut self, numbers: impl IntoIterator<Item = &'a Traced>, amounts: impl IntoIterator<Item = f64>) {
+        for (number, amount) in numbers.into_iter().zip(amounts) {
+            if number.node != CONSTANT {
+                self.0[number.node as usize] += amount;
+            }
+        }
+    }
+}
+
+/// Results computed from traced numbers in one piece: `backward` gets their cotangent, and adds to the derivatives with
+/// respect to what they were computed from.
+pub fn block(results: ArrayD<f64>, backward: impl FnOnce(&ArrayD<f64>, &mut Adjoints) + 'static) -> ArrayD<Traced> {
+    TAPE.with_borrow_mut(|tape| {
+        let first = tape.nodes.len();
+        let (shape, backward) = (results.shape().to_vec(), Box::new(backward));
+        let traced = results.mapv(|value| Traced { value, node: tape.push([CONSTANT; 2], [0.0; 2]) });
+        if !traced.is_empty() {
+            tape.blocks.push(Block { results: first..tape.nodes.len(), shape, backward });
+        }
+        traced
+    })
 }
 
 impl Traced {
-    fn new(value: f64, parents: [usize; 2], partials: [f64; 2]) -> Self {
+    fn new(value: f64, parents: [u32; 2], partials: [f64; 2]) -> Self {
         if parents == [CONSTANT; 2] {
             return Self { value, node: CONSTANT };
         }
-        let node = TAPE.with_borrow_mut(|tape| {
-            tape.push(Node { parents, partials });
-            tape.len() - 1
-        });
-        Self { value, node }
+        Self { value, node: TAPE.with_borrow_mut(|tape| tape.push(parents, partials)) }
     }
 
     fn variable(value: f64) -> Self {
-        let node = TAPE.with_borrow_mut(|tape| {
-            tape.push(Node { parents: [CONSTANT; 2], partials: [0.0; 2] });
-            tape.len() - 1
-        });
-        Self { value, node }
+        Self { value, node: TAPE.with_borrow_mut(|tape| tape.push([CONSTANT; 2], [0.0; 2])) }
+    }
+
+    /// Whether it depends on no input.
+    pub fn is_constant(self) -> bool {
+        self.node == CONSTANT
     }
 }
 
@@ -120,26 +171,32 @@ pub fn gradient(
     cotangent: &ArrayD<f64>,
     function: impl FnOnce(&TracedTensors) -> Result<ArrayD<Traced>>,
 ) -> Result<(ArrayD<f64>, Tensors)> {
-    TAPE.with_borrow_mut(Vec::clear);
+    TAPE.take();
     let traced = inputs.iter().map(|(name, values)| (name.clone(), values.mapv(Traced::variable)));
     let traced: TracedTensors = traced.collect();
     let y = function(&traced);
-    let tape = TAPE.take();
+    let Tape { nodes, mut blocks } = TAPE.take();
     let y = y?;
-    let mut adjoints = vec![0.0; tape.len()];
-    for (y, dy) in y.iter().zip(cotangent).filter(|(y, _)| y.node != CONSTANT) {
-        adjoints[y.node] += dy;
-    }
-    for (node, Node { parents, partials }) in tape.iter().enumerate().rev() {
-        let adjoint = adjoints[node];
+    let mut adjoints = Adjoints(vec![0.0; nodes.len()]);
+    adjoints.add(&y, cotangent.iter().copied());
+    for (node, Node { parents, partials }) in nodes.iter().enumerate().rev() {
+        // All uses of a block's results come after it: at its first node its cotangent is complete.
+        if let Some(Block { results, shape, backward }) = blocks.pop_if(|block| block.results.start == node) {
+            let cotangent = ArrayD::from_shape_vec(shape, adjoints.0[results].to_vec()).expect("as many as results");
+            if cotangent.iter().any(|&cotangent| cotangent != 0.0) {
+                backward(&cotangent, &mut adjoints);
+            }
+            continue;
+        }
+        let adjoint = adjoints.0[node];
         if adjoint == 0.0 {
             continue;
         }
         for (&parent, partial) in parents.iter().zip(partials).filter(|(parent, _)| **parent != CONSTANT) {
-            adjoints[parent] += partial * adjoint;
+            adjoints.0[parent as usize] += partial * adjoint;
         }
     }
-    let of = |values: &ArrayD<Traced>| values.mapv(|value| adjoints[value.node]);
+    let of = |values: &ArrayD<Traced>| values.mapv(|value| adjoints.0[value.node as usize]);
     let gradients = traced.iter().map(|(name, values)| (name.clone(), of(values))).collect();
     Ok((y.mapv(Traced::value), gradients))
 }

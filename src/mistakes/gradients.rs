@@ -63,7 +63,7 @@ impl Spoiling<'_> {
         };
         let (y, gradients) = gradient(&differentiated.collect(), &cotangent, |inputs| {
             let FormulaResults { y, stages } = forward(inputs)?;
-            results.extend(stages.into_iter().map(|(name, stage)| (name.to_string(), stage.mapv(Real::value))));
+            results.extend(stages.into_iter().map(|(name, stage)| (name.to_string(), stage)));
             Ok(y)
         })?;
         results.insert("y".into(), y);

@@ -15,6 +15,7 @@ mod bank;
 mod evaluate;
 mod formula;
 mod gradients;
+mod linear;
 
 pub use bank::MISTAKES;
 pub(crate) use evaluate::{Anchor, Evaluated};
@@ -103,14 +104,14 @@ impl Parameter {
 }
 
 /// A formula at a case, as a function of traced numbers that take the place of the case's tensors.
-pub type TracedForward = Box<dyn Fn(&TracedTensors) -> Result<FormulaResults<Traced>> + Send + Sync>;
+pub type TracedForward = Box<dyn Fn(&TracedTensors) -> Result<FormulaResults> + Send + Sync>;
 
 /// What a formula computes.
-pub struct FormulaResults<R> {
+pub struct FormulaResults {
     /// The output.
-    pub y: ArrayD<R>,
+    pub y: ArrayD<Traced>,
     /// `weighted`, `weight_norm`, `gain` and `merged_weight`, as in a case file.
-    pub stages: BTreeMap<&'static str, ArrayD<R>>,
+    pub stages: BTreeMap<&'static str, ArrayD<f64>>,
 }
 
 /// The mistake of this id.
