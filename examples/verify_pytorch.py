@@ -36,7 +36,8 @@ def wora(layer, settings, t):
     gain = torch.ones_like(v[:, :1])
     if settings.get("method", "wora") != "lora":
         axis = 0 if settings.get("norm_axis") == "input" else 1
-        norm = v.norm(dim=axis, keepdim=True)
+        largest = v.detach().abs().amax(dim=axis, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
+        norm = largest * (v / largest).norm(dim=axis, keepdim=True)  # so that no square vanishes
         n = torch.where(norm == 0, norm, norm + settings.get("norm_eps", 0.0))
         n = n if settings.get("norm_gradient") == "full" else n.detach()
         m = t["lora_magnitude_vector"].reshape(n.shape)

@@ -20,9 +20,9 @@ use crate::wora::{
 };
 use crate::{Counted, Dual, DualForward, Error, Real, Result, Rounded, Scalar};
 use ndarray::{Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Axis, Zip};
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
+use std::sync::Mutex;
 
 /// Every layer.
 pub static LAYERS: &[&dyn Subject] = &[
@@ -490,18 +490,18 @@ fn lift<R: Real>(inputs: &BTreeMap<String, ArrayD<R>>) -> impl Fn(&str, ArrayVie
 ///
 /// As [`Subject::evaluate`].
 pub fn mistaken(subject: &dyn Subject, mistakes: &[&Mistake], case: &Case) -> Result<Option<Tensors>> {
-    with_mistakes(subject, case, |spoiling| results(mistakes, spoiling))
+    with_mistakes(subject, case, &subject.define(case)?, |spoiling| results(mistakes, spoiling))
 }
 
-/// Hands `run` a case in which mistakes can be made one after the other.
+/// Hands `run` a case with these right results, in which mistakes can be made one after the other.
 pub(crate) fn with_mistakes<Out>(
     subject: &dyn Subject,
     case: &Case,
+    right: &Tensors,
     run: impl FnOnce(&Spoiling<'_>) -> Result<Out>,
 ) -> Result<Out> {
-    let (right, formula) = (subject.define(case)?, |formula: &Formula, case: &Case| subject.formula(formula, case));
-    let lora = subject.lora_names();
-    run(&Spoiling { case, lora, right: &right, formula: &formula, known: RefCell::default() })
+    let formula = |formula: &Formula, case: &Case| subject.formula(formula, case);
+    run(&Spoiling { case, lora: subject.lora_names(), right, formula: &formula, known: Mutex::default() })
 }
 
 /// The layer in which A and W0 have moved from `from` by only a fraction of the way to `to`, column by column.

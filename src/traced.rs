@@ -171,11 +171,12 @@ pub fn gradient(
     cotangent: &ArrayD<f64>,
     function: impl FnOnce(&TracedTensors) -> Result<ArrayD<Traced>>,
 ) -> Result<(ArrayD<f64>, Tensors)> {
-    TAPE.take();
+    // A thread that waits within a function for others may be given another function meanwhile.
+    let suspended = TAPE.take();
     let traced = inputs.iter().map(|(name, values)| (name.clone(), values.mapv(Traced::variable)));
     let traced: TracedTensors = traced.collect();
     let y = function(&traced);
-    let Tape { nodes, mut blocks } = TAPE.take();
+    let Tape { nodes, mut blocks } = TAPE.replace(suspended);
     let y = y?;
     let mut adjoints = Adjoints(vec![0.0; nodes.len()]);
     adjoints.add(&y, cotangent.iter().copied());

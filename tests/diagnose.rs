@@ -1,13 +1,13 @@
 //! The diagnosis: every mistake of the bank, made in every case where it can be, must be named first.
 
-use ndarray::Axis;
+use ndarray::{ArrayD, Axis};
 use rayon::prelude::*;
 use woracle::case::Tensor;
 use woracle::cases::{Spec, Twist};
 use woracle::mistakes::{MISTAKES, Mistake, mistake};
 use woracle::oracle::diagnose::diagnose;
 use woracle::oracle::{CaseFile, Dtype};
-use woracle::registry::{LAYERS, Subject, layer, mistaken};
+use woracle::registry::{LAYERS, Precision, Subject, layer, mistaken};
 
 const SEED: u64 = 11;
 
@@ -177,14 +177,25 @@ fn where_no_mistake_explains_the_numbers_facts_are_told() {
 #[test]
 fn a_case_that_is_too_large_says_so() {
     let subject = layer("linear").expect("linear");
-    let spec = subject.specs().iter().find(|spec| spec.name == "linear-large").expect("a case");
-    let file = {
-        let mut case = subject.draw(spec, SEED);
-        let mut y = subject.define(&case).expect("y")["y"].clone();
-        y *= 1.5;
-        case.tensors.insert("y".into(), Tensor::Float(y));
-        CaseFile::new(case, Dtype::F64)
-    };
+    let mut case = subject.draw(&subject.specs()[0], SEED);
+    let (units, fan_in, rank) = (2049, 2048, case.tensors["lora_A"].shape()[0]);
+    let shapes = [
+        ("x", vec![2, fan_in]),
+        ("base.weight", vec![units, fan_in]),
+        ("base.bias", vec![units]),
+        ("lora_A", vec![rank, fan_in]),
+        ("lora_B", vec![units, rank]),
+        ("lora_magnitude_vector", vec![units]),
+    ];
+    for (name, shape) in shapes {
+        let values = ArrayD::from_shape_fn(shape, |index| 0.1 + (index[0] % 7) as f64);
+        case.tensors.insert(name.into(), Tensor::Float(values));
+    }
+    case.tensors.remove("grad.y");
+    let mut y = subject.evaluate(&case, Precision::F64).expect("y")["y"].clone();
+    y *= 1.5;
+    case.tensors.insert("y".into(), Tensor::Float(y));
+    let file = CaseFile::new(case, Dtype::F64);
     let facts = diagnose(&file).expect("a diagnosis").facts;
     assert!(facts[0].contains("1.5") && facts[1].contains("too large"), "{facts:?}");
 }

@@ -62,6 +62,26 @@ fn a_tolerance_takes_the_place_of_the_bound() {
 }
 
 #[test]
+fn what_a_file_does_not_answer_is_said() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let linear = layer("linear").expect("linear");
+    let mut case = linear.draw(&linear.specs()[0], 0);
+    let mut right = linear.define(&case).expect("answers");
+    right.remove("grad.lora_wora_alpha").expect("dalpha");
+    case.extend(right);
+    let path = directory.path().join("case.safetensors");
+    std::fs::write(&path, CaseFile::new(case, Dtype::F64).to_bytes()).expect("written");
+    let path = path.to_string_lossy();
+    for format in [&[][..], &["--markdown"], &["--junit"]] {
+        let (code, stdout, _) = wora(&[&["verify", &path], format].concat());
+        assert!(code == Some(0) && stdout.contains("not answered: grad.lora_wora_alpha"), "{format:?}: {stdout}");
+    }
+    let (_, json, _) = wora(&["verify", &path, "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+    assert_eq!(json["cases"][0]["unanswered"], serde_json::json!(["grad.lora_wora_alpha"]));
+}
+
+#[test]
 fn right_results_print_no_explanation() {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/linear-plain.safetensors");
     let golden = golden.to_string_lossy();

@@ -6,7 +6,7 @@ use serde::Serialize;
 use std::path::{Path, PathBuf};
 use woracle::oracle::case_file;
 use woracle::oracle::diagnose::{self, Candidate, Diagnosis};
-use woracle::oracle::verify::{TensorVerdict, Tolerance, Verdict};
+use woracle::oracle::verify::{self, TensorVerdict, Tolerance, Verdict};
 use woracle::{Error, Result};
 
 /// Judge results that another implementation wrote into case files, and name the mistake that explains wrong ones.
@@ -52,6 +52,8 @@ struct CaseVerdict {
     file: String,
     verdict: Verdict,
     tensors: Vec<TensorVerdict>,
+    /// Answers that the file does not have.
+    unanswered: Vec<String>,
     /// Empty where nothing is wrong.
     #[serde(flatten)]
     diagnosis: Diagnosis,
@@ -104,12 +106,13 @@ fn judge(path: &Path, tolerance: Tolerance, bar: &ProgressBar) -> CaseVerdict {
         Ok(file) => file,
         Err(error) => return refuse(path, &error, bar),
     };
-    match diagnose::judge(&file, tolerance) {
-        Ok((tensors, diagnosis)) => {
+    let judged = diagnose::judge(&file, tolerance);
+    match judged.and_then(|(tensors, diagnosis)| Ok((tensors, diagnosis, verify::unanswered(&file)?))) {
+        Ok((tensors, diagnosis, unanswered)) => {
             let verdict = if diagnosis.is_some() { Verdict::Fail } else { Verdict::Pass };
             let diagnosis = diagnosis.unwrap_or_default();
             let (name, file) = (file.case.name, path.display().to_string());
-            CaseVerdict { name, file, verdict, tensors, diagnosis, error: None }
+            CaseVerdict { name, file, verdict, tensors, unanswered, diagnosis, error: None }
         }
         Err(error) => CaseVerdict { name: file.case.name, ..refuse(path, &error.in_file(path), bar) },
     }
@@ -123,6 +126,7 @@ fn refuse(path: &Path, error: &Error, bar: &ProgressBar) -> CaseVerdict {
         file: path.display().to_string(),
         verdict: Verdict::Error,
         tensors: vec![],
+        unanswered: vec![],
         diagnosis: Diagnosis::default(),
         error: Some(error.to_string()),
     }
@@ -182,6 +186,12 @@ fn explanation(case: &CaseVerdict) -> Vec<String> {
     lines
 }
 
+/// The answers that a file does not have, in a line.
+fn silence(case: &CaseVerdict) -> Option<String> {
+    let names: Vec<_> = case.unanswered.iter().map(|name| printable(name)).collect();
+    (!names.is_empty()).then(|| format!("not answered: {}", names.join(", ")))
+}
+
 fn as_table(report: &Report) -> String {
     let mut table = table(&HEADER);
     let mut below = String::new();
@@ -192,8 +202,12 @@ fn as_table(report: &Report) -> String {
             table.add_row(cells);
         }
         table.add_rows(case.tensors.iter().map(|tensor| row(case, tensor)));
+        let mut lines: Vec<String> = silence(case).into_iter().collect();
         if case.verdict == Verdict::Fail {
-            below += &format!("\n{}:\n  {}", printable(&case.name), explanation(case).join("\n  "));
+            lines.extend(explanation(case));
+        }
+        if !lines.is_empty() {
+            below += &format!("\n{}:\n  {}", printable(&case.name), lines.join("\n  "));
         }
     }
     format!("{table}{below}\n{} passed, {} failed", report.passed, report.failed)
@@ -217,9 +231,13 @@ fn as_markdown(report: &Report) -> String {
             }
             text += "\n";
         }
-        for line in explanation(case) {
+        for line in silence(case).into_iter().chain(explanation(case)) {
             text += &format!("\n- {}", escape::markdown(line.trim_start()));
         }
+    }
+    for case in report.cases.iter().filter(|case| case.verdict == Verdict::Pass) {
+        let line = silence(case).map(|line| format!("{}: {line}", printable(&case.name)));
+        text += &line.map_or_else(String::new, |line| format!("\n- {}", escape::markdown(&line)));
     }
     text
 }
@@ -237,11 +255,15 @@ fn as_junit(report: &Report) -> String {
         let (name, file) = (escape::xml(&printable(&case.name)), escape::xml(&printable(&case.file)));
         text += &format!("\n  <testcase name=\"{name}\" classname=\"{file}\"");
         text += &match case.verdict {
-            Verdict::Pass => "/>".into(),
+            Verdict::Pass => match silence(case) {
+                None => "/>".into(),
+                Some(line) => format!(">\n    <system-out>{}</system-out>\n  </testcase>", escape::xml(&line)),
+            },
             Verdict::Fail => {
                 let failed = case.tensors.iter().filter(|tensor| tensor.verdict != Verdict::Pass);
                 let names: Vec<_> = failed.map(|tensor| printable(&tensor.name)).collect();
-                let lines = escape::xml(&explanation(case).join("\n"));
+                let lines: Vec<_> = silence(case).into_iter().chain(explanation(case)).collect();
+                let lines = escape::xml(&lines.join("\n"));
                 let message = escape::xml(&format!("wrong: {}", names.join(", ")));
                 format!(">\n    <failure message=\"{message}\">{lines}</failure>\n  </testcase>")
             }

@@ -458,6 +458,14 @@ pub static MISTAKES: &[Mistake] = &[
         NEAR,
     ),
     forward(
+        "alpha-interpolates",
+        EVERY,
+        "4",
+        Formula { weighted: Weighted::Interpolated, ..RIGHT },
+        "V is (1 - alpha) beta W0 + alpha s B A.",
+        "a merge's mixing ratio in the place of a learned scale",
+    ),
+    forward(
         "delta-on-unit-direction",
         EVERY,
         "4",
@@ -513,6 +521,23 @@ pub static MISTAKES: &[Mistake] = &[
         "dW0 lacks the factor beta.",
         NEAR,
     ),
+    backward(
+        "lora-a-detached",
+        EVERY,
+        "6.2",
+        Zero(&[LoraA]),
+        "A gets no gradient and is never trained.",
+        "A treated as a fixed random projection",
+    ),
+    backward(
+        "lora-b-detached",
+        EVERY,
+        "6.2",
+        Zero(&[LoraB]),
+        "B gets no gradient: from its initial zero, nothing is ever learned.",
+        NEAR,
+    ),
+    backward("base-weight-detached", EVERY, "6.2", Zero(&[Weight]), "dW0 is asked for and zero.", NEAR),
     // Sums over the batch.
     backward(
         "gradients-averaged",
@@ -556,6 +581,15 @@ pub static MISTAKES: &[Mistake] = &[
         "beta multiplies the base output with its bias.",
         NEAR,
     ),
+    forward(
+        "bias-times-scaling",
+        VALUES,
+        "4",
+        Formula { bias: Bias::TimesScaling, ..RIGHT },
+        "s multiplies the bias too.",
+        NEAR,
+    ),
+    backward("bias-detached", VALUES, "6.2", Zero(&[BiasOf]), "b gets no gradient.", NEAR),
     backward(
         "bias-gradient-scaled",
         VALUES,
@@ -629,6 +663,14 @@ pub static MISTAKES: &[Mistake] = &[
         Of(Formula { output: Output::WithoutLora, ..RIGHT }, &[X]),
         "dx leaves out the path through B A.",
         NEAR,
+    ),
+    backward(
+        "input-detached",
+        VALUES,
+        "6.2",
+        Zero(&[X]),
+        "dx is zero: nothing before the layer is trained.",
+        "an input detached before the adapter",
     ),
     // Embedding.
     forward(

@@ -199,6 +199,10 @@ impl<'a, 'd, 'x, O: Operator> Stages<'a, 'd, 'x, O> {
 
     /// What W0 adds to V. E9
     fn of_base(&self, w: Traced, base_norm: Option<Traced>) -> Traced {
+        let w = match self.formula.weighted {
+            Weighted::Interpolated => (Traced::constant(1.0) - self.alpha) * w,
+            _ => w,
+        };
         match base_norm {
             Some(norm) if norm.value() != 0.0 => self.beta * w / norm,
             _ => self.beta * w,
@@ -211,7 +215,7 @@ impl<'a, 'd, 'x, O: Operator> Stages<'a, 'd, 'x, O> {
         match self.formula.weighted {
             Weighted::BetaOutside => self.beta * term,
             Weighted::Difference => Traced::constant(0.0) - term,
-            Weighted::Sum | Weighted::UnitBase => term,
+            Weighted::Sum | Weighted::UnitBase | Weighted::Interpolated => term,
         }
     }
 
@@ -431,6 +435,7 @@ impl<'a, 'd, 'x, O: Operator> Stages<'a, 'd, 'x, O> {
             Bias::Added => b,
             Bias::Scaled => g * b,
             Bias::TimesBeta => self.beta * b,
+            Bias::TimesScaling => self.s * b,
             Bias::Dropped => Traced::constant(0.0),
             Bias::Twice => b + b,
         }

@@ -140,6 +140,8 @@ pub enum Weighted {
     BetaOutside,
     /// `beta W0 - alpha s B A`
     Difference,
+    /// `(1 - alpha) beta W0 + alpha s B A`
+    Interpolated,
 }
 
 /// What the norm is taken of.
@@ -272,6 +274,8 @@ pub enum Bias {
     Scaled,
     /// `+ beta b`
     TimesBeta,
+    /// `+ s b`
+    TimesScaling,
     /// Nothing.
     Dropped,
     /// `+ 2 b`: by the base layer and by the adapter.

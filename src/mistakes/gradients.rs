@@ -6,40 +6,43 @@ use crate::case::{Case, Tensor, Tensors};
 use crate::traced::{TracedTensors, gradient};
 use crate::{Real, Result};
 use ndarray::ArrayD;
-use std::cell::RefCell;
-use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// A case in which mistakes are made, and what formulas come to in it.
 pub(crate) struct Spoiling<'a> {
     pub case: &'a Case,
     /// What A and B are called.
     pub lora: [&'static str; 2],
-    /// The definition's results.
+    /// The right results; a gradient or a stage that they lack is not wanted.
     pub right: &'a Tensors,
     /// A formula at a case; `None` where it asks for other shapes.
-    pub formula: &'a dyn Fn(&Formula, &Case) -> Result<Option<TracedForward>>,
+    pub formula: &'a (dyn Fn(&Formula, &Case) -> Result<Option<TracedForward>> + Sync),
     /// What has been evaluated in the case.
-    pub known: RefCell<Vec<(Formula, Option<Rc<Tensors>>)>>,
+    pub known: Mutex<Vec<(Formula, Option<Arc<Tensors>>)>>,
 }
 
 impl Spoiling<'_> {
     /// What a formula came to, where it has been evaluated.
-    fn known(&self, formula: &Formula) -> Option<Option<Rc<Tensors>>> {
-        self.known.borrow().iter().find(|(other, _)| other == formula).map(|(_, results)| results.clone())
+    fn known(&self, formula: &Formula) -> Option<Option<Arc<Tensors>>> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.iter().find(|(other, _)| other == formula).map(|(_, results)| results.clone())
     }
 
     /// y, the stages of the weight, and the gradients of `<dy, y>` of a formula.
-    pub fn evaluate(&self, formula: &Formula) -> Result<Option<Rc<Tensors>>> {
+    pub fn evaluate(&self, formula: &Formula) -> Result<Option<Arc<Tensors>>> {
         if let Some(results) = self.known(formula) {
             return Ok(results);
         }
-        let results = self.at(formula, self.case)?.map(Rc::new);
-        self.known.borrow_mut().push((*formula, results.clone()));
+        let results = self.at(formula, self.case)?.map(Arc::new);
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).push((*formula, results.clone()));
         Ok(results)
     }
 
     /// y alone.
     pub fn value(&self, formula: &Formula) -> Result<Option<ArrayD<f64>>> {
+        if let Some(y) = self.right.get("y").filter(|_| *formula == RIGHT) {
+            return Ok(Some(y.clone()));
+        }
         if let Some(results) = self.known(formula) {
             return Ok(results.map(|results| results["y"].clone()));
         }
@@ -63,7 +66,8 @@ impl Spoiling<'_> {
         };
         let (y, gradients) = gradient(&differentiated.collect(), &cotangent, |inputs| {
             let FormulaResults { y, stages } = forward(inputs)?;
-            results.extend(stages.into_iter().map(|(name, stage)| (name.to_string(), stage)));
+            let wanted = stages.into_iter().filter(|(name, _)| self.right.contains_key(*name));
+            results.extend(wanted.map(|(name, stage)| (name.to_string(), stage)));
             Ok(y)
         })?;
         results.insert("y".into(), y);

@@ -144,12 +144,19 @@ impl Mistake {
     }
 }
 
+/// Several formulas in one, where they do not want different things.
+fn together(formulas: &[&Formula]) -> Option<Formula> {
+    formulas.iter().try_fold(RIGHT, |all, formula| all.and(formula))
+}
+
+/// y of someone who makes these mistakes, all at once; `None` where they cannot be made together.
+pub(crate) fn forward(mistakes: &[&Mistake]) -> Option<Formula> {
+    together(&mistakes.iter().map(|mistake| &mistake.forward).collect::<Vec<_>>())
+}
+
 /// The results of someone who makes these mistakes, all at once; `None` where they cannot be made, or not together.
-/// `right` holds the definition's results.
 pub(crate) fn results(mistakes: &[&Mistake], spoiling: &Spoiling<'_>) -> Result<Option<Tensors>> {
-    let together = |formulas: &[&Formula]| formulas.iter().try_fold(RIGHT, |all, formula| all.and(formula));
-    let forwards: Vec<&Formula> = mistakes.iter().map(|mistake| &mistake.forward).collect();
-    let Some(forward) = together(&forwards) else { return Ok(None) };
+    let Some(forward) = forward(mistakes) else { return Ok(None) };
     let Some(evaluated) = spoiling.evaluate(&forward)? else { return Ok(None) };
     let mut results = (*evaluated).clone();
     for parameter in Parameter::ALL {

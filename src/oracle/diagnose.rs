@@ -14,18 +14,21 @@
 
 use super::CaseFile;
 use super::facts::facts;
-use super::verify::{Expected, TensorVerdict, Tolerance, Verdict, expected, first_diverging};
+use super::verify::{DEFINED, Expected, TensorVerdict, Tolerance, Verdict, expected, first_diverging};
 use crate::Result;
-use crate::case::{Tensor, Tensors};
-use crate::mistakes::{Mistake, Spoiling, of_layer, results};
-use crate::registry::{self, with_mistakes};
+use crate::case::{Case, Tensor, Tensors};
+use crate::mistakes::{Formula, Mistake, RIGHT, Spoiling, forward, of_layer, results};
+use crate::operators::PARALLEL_ELEMENTS;
+use crate::registry::{self, Precision, Subject, with_mistakes};
 use ndarray::ArrayD;
+use rayon::prelude::*;
 use serde::Serialize;
 
-/// Cases whose forward adds up more products than this are not recomputed under every mistake.
-pub const SMALL: usize = 1 << 20;
+/// Cases whose base weight has more elements than this are not recomputed under every mistake: differentiating one takes
+/// some 400 bytes an element.
+pub const SMALL: usize = 1 << 22;
 /// Nor, above this, under pairs of mistakes.
-const SMALL_FOR_PAIRS: usize = 1 << 16;
+const SMALL_FOR_PAIRS: usize = 1 << 14;
 /// A mistake has explained something where it leaves less than this part of the error over its bound.
 const EXPLAINS: f64 = 1.0 / 32.0;
 /// How many times the bound of the right result a wrong one's may be, for its own size.
@@ -97,21 +100,32 @@ pub fn judge(file: &CaseFile, tolerance: Tolerance) -> Result<(Vec<TensorVerdict
 fn explain(file: &CaseFile, expected: &Expected, tensors: &[TensorVerdict]) -> Result<Diagnosis> {
     let subject = registry::layer(&file.case.layer)?;
     let first_diverging = first_diverging(tensors).map(Into::into);
-    let terms = subject.terms(&file.case)?;
+    let elements = file.case.values("base.weight")?.len();
     let mut facts = facts(file, expected, tensors);
-    if terms > SMALL {
-        facts.push(format!("too large to be computed under every mistake: {terms} products, and the limit is {SMALL}"));
+    if elements > SMALL {
+        facts.push(format!(
+            "too large to be computed under every mistake: {elements} elements of base.weight, and the limit is {SMALL}"
+        ));
         return Ok(Diagnosis { first_diverging, facts, too_large: true, ..Diagnosis::default() });
     }
-    let candidates = with_mistakes(subject, &file.case, |spoiling| {
+    let right = right(subject, &file.case)?;
+    let candidates = with_mistakes(subject, &file.case, &right, |spoiling| {
         let evidence = Evidence::new(file, expected);
-        let mut candidates = singles(&evidence, spoiling)?;
-        if candidates.iter().all(|one| one.residual > 0.0) && terms <= SMALL_FOR_PAIRS {
+        let mut candidates = singles(&evidence, spoiling, (SMALL / elements.max(1)).max(1))?;
+        if candidates.iter().all(|one| one.residual > 0.0) && elements <= SMALL_FOR_PAIRS {
             candidates.extend(pairs(&evidence, spoiling)?);
         }
         Ok(ranked(candidates, evidence.unexplained))
     })?;
     Ok(Diagnosis { first_diverging, candidates, facts, too_large: false })
+}
+
+/// The right results that mistakes are made from: those that the case has, and what is small.
+fn right(subject: &dyn Subject, case: &Case) -> Result<Tensors> {
+    let defined = subject.terms(case)? <= DEFINED;
+    let mut right = if defined { subject.define(case)? } else { subject.evaluate(case, Precision::F64)? };
+    right.retain(|name, values| case.tensors.contains_key(name) || values.len() <= PARALLEL_ELEMENTS);
+    Ok(right)
 }
 
 /// Somebody's answers, and how far off each may be.
@@ -152,6 +166,16 @@ impl<'a> Evidence<'a> {
         }
         (if most > 1.0 { most } else { 0.0 }, (squares / f64::from(count.max(1) as u32)).sqrt())
     }
+
+    /// The same of y alone; `None` where the formula cannot be evaluated in the case.
+    fn weigh_output(&self, forward: &Formula, spoiling: &Spoiling<'_>) -> Result<Option<(f64, f64)>> {
+        Ok(spoiling.value(forward)?.map(|y| self.weigh(&Tensors::from([("y".into(), y)]))))
+    }
+
+    /// Whether so little of the error is left.
+    fn explains(&self, residual: f64) -> bool {
+        residual <= EXPLAINS * self.unexplained
+    }
 }
 
 /// The largest error over its bound, and the sum of squares, of answers that should be `wrong`. Its bound is that of the
@@ -175,40 +199,43 @@ fn errors(actual: &ArrayD<f64>, wrong: &ArrayD<f64>, right: &ArrayD<f64>, bound:
     (most, squares)
 }
 
-/// Every mistake that can be made in this case, weighed.
-fn singles(evidence: &Evidence<'_>, spoiling: &Spoiling<'_>) -> Result<Vec<Candidate>> {
-    let mut candidates = vec![];
-    for mistake in of_layer(&spoiling.case.layer) {
-        candidates.extend(candidate(&[mistake], evidence, spoiling)?);
-    }
-    Ok(candidates)
-}
-
-/// Two mistakes at once. Where y is one of the answers, only those are computed in full that explain it.
-fn pairs(evidence: &Evidence<'_>, spoiling: &Spoiling<'_>) -> Result<Vec<Candidate>> {
+/// Every mistake that can be made in this case, weighed; so many at a time, since each takes memory.
+fn singles(evidence: &Evidence<'_>, spoiling: &Spoiling<'_>, at_a_time: usize) -> Result<Vec<Candidate>> {
     let known: Vec<&Mistake> = of_layer(&spoiling.case.layer).collect();
     let mut candidates = vec![];
-    for (at, &one) in known.iter().enumerate() {
-        for &other in &known[at + 1..] {
-            let Some(forward) = one.forward.and(&other.forward) else { continue };
-            let Some(y) = spoiling.value(&forward)? else { continue };
-            let y = evidence.weigh(&Tensors::from([("y".into(), y)])).0;
-            if y < EXPLAINS * evidence.unexplained || y == 0.0 {
-                candidates.extend(candidate(&[one, other], evidence, spoiling)?);
-            }
-        }
+    // About half of all mistakes are changes of these, which two threads would find at the same time.
+    if evidence.weigh_output(&RIGHT, spoiling)?.is_some_and(|(residual, _)| evidence.explains(residual)) {
+        spoiling.evaluate(&RIGHT)?;
+    }
+    for some in known.chunks(at_a_time) {
+        let some: Result<Vec<_>> = some.par_iter().map(|&mistake| candidate(&[mistake], evidence, spoiling)).collect();
+        candidates.extend(some?.into_iter().flatten());
     }
     Ok(candidates)
 }
 
-/// How well these mistakes explain a case; `None` where they cannot be made.
+/// Two mistakes at once.
+fn pairs(evidence: &Evidence<'_>, spoiling: &Spoiling<'_>) -> Result<Vec<Candidate>> {
+    let known: Vec<&Mistake> = of_layer(&spoiling.case.layer).collect();
+    let pairs = known.iter().enumerate().flat_map(|(at, &one)| known[at + 1..].iter().map(move |&other| [one, other]));
+    let pairs: Vec<_> = pairs.collect();
+    let candidates: Result<Vec<_>> = pairs.into_par_iter().map(|pair| candidate(&pair, evidence, spoiling)).collect();
+    Ok(candidates?.into_iter().flatten().collect())
+}
+
+/// How well these mistakes explain a case; `None` where they cannot be made. A y that they do not explain is enough to
+/// dismiss them.
 fn candidate(
     mistakes: &[&'static Mistake],
     evidence: &Evidence<'_>,
     spoiling: &Spoiling<'_>,
 ) -> Result<Option<Candidate>> {
-    let Some(theirs) = results(mistakes, spoiling)? else { return Ok(None) };
-    let (residual, misfit) = evidence.weigh(&theirs);
+    let Some(forward) = forward(mistakes) else { return Ok(None) };
+    let Some((mut residual, mut misfit)) = evidence.weigh_output(&forward, spoiling)? else { return Ok(None) };
+    if evidence.explains(residual) {
+        let Some(theirs) = results(mistakes, spoiling)? else { return Ok(None) };
+        (residual, misfit) = evidence.weigh(&theirs);
+    }
     let join = |of: fn(&Mistake) -> &'static str, between: &str| {
         mistakes.iter().map(|mistake| of(mistake)).collect::<Vec<_>>().join(between)
     };

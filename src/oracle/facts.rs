@@ -29,8 +29,8 @@ pub(super) fn facts(file: &CaseFile, expected: &Expected, tensors: &[TensorVerdi
         let all: [&Fact<'_>; 9] = [
             &not_numbers,
             &zeros,
-            &|failed| as_narrow(failed, file),
             &constant_ratio,
+            &|failed| as_narrow(failed, file),
             &constant_ratio_along_an_axis,
             &constant_difference,
             &transposed,
@@ -86,6 +86,11 @@ fn zeros(failed: &Failed<'_>) -> Option<String> {
     failed.actual.iter().all(|&value| value == 0.0).then(|| "it is zero everywhere".into())
 }
 
+/// As many roundings as there may be in what was computed in a narrower type, of the size of the whole tensor.
+const ROUNDINGS: f64 = 16.0;
+/// That one or two numbers are off by so much is a coincidence.
+const SEVERAL: usize = 8;
+
 /// The types that numbers of this one may have been computed in.
 fn narrower(dtype: Dtype) -> &'static [Dtype] {
     match dtype {
@@ -97,9 +102,15 @@ fn narrower(dtype: Dtype) -> &'static [Dtype] {
 
 fn as_narrow(failed: &Failed<'_>, file: &CaseFile) -> Option<String> {
     let dtype = file.dtype(failed.name);
-    let wider =
-        |narrow: f64| failed.elements().all(|(actual, (expected, bound))| (actual - expected).abs() <= bound * narrow);
-    let narrow = narrower(dtype).iter().find(|narrow| wider(narrow.unit_roundoff() / dtype.unit_roundoff()))?;
+    let square = |sum: f64, value: f64| sum + value * value;
+    let error = failed.elements().map(|(actual, (expected, _))| actual - expected).fold(0.0, square).sqrt();
+    let size = failed.expected.iter().copied().fold(0.0, square).sqrt();
+    let explains = |narrow: &&Dtype| {
+        let wider = narrow.unit_roundoff() / dtype.unit_roundoff();
+        error <= ROUNDINGS * narrow.unit_roundoff() * size
+            && failed.elements().all(|(actual, (expected, bound))| (actual - expected).abs() <= bound * wider)
+    };
+    let narrow = narrower(dtype).iter().find(explains).filter(|_| failed.actual.len() >= SEVERAL)?;
     Some(format!("it is as exact as {narrow} is, and stored as {dtype}: was it computed in {narrow}?"))
 }
 

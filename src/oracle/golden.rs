@@ -150,7 +150,7 @@ fn one(layer: &'static dyn Subject, spec: &Spec, options: Options) -> Result<(En
 /// The mistakes whose results, rounded to the file's type, are rejected.
 fn catches(layer: &dyn Subject, file: &CaseFile) -> Result<Vec<&'static str>> {
     let expected = expected(file, Tolerance::default())?;
-    with_mistakes(layer, &file.case, |spoiling| {
+    with_mistakes(layer, &file.case, &layer.define(&file.case)?, |spoiling| {
         let mut caught = vec![];
         for mistake in of_layer(layer.name()) {
             let Some(theirs) = results(&[mistake], spoiling)? else { continue };

@@ -17,6 +17,7 @@ use crate::case::{Case, Tensor, Tensors, unravel};
 use crate::error::{check_finite, check_shape};
 use crate::operators::PARALLEL_ELEMENTS;
 use crate::registry;
+use crate::wora::SCALE_NAMES;
 use crate::{Error, Result};
 use ndarray::ArrayD;
 use rayon::prelude::*;
@@ -185,6 +186,20 @@ pub(super) fn expected(file: &CaseFile, tolerance: Tolerance) -> Result<Expected
         return Err(Error::Missing { tensor: "y".into(), expected }); // C7
     }
     Ok(Expected { witnesses, bounds, roundings: exact })
+}
+
+/// What a file could have answered and does not: y, and where there is a cotangent the gradients of the adapter. A
+/// gradient that is cut off is often no tensor of zeros but none at all.
+///
+/// # Errors
+///
+/// A layer that the registry does not have.
+pub fn unanswered(file: &CaseFile) -> Result<Vec<String>> {
+    let case = &file.case;
+    let learned = registry::layer(&case.layer)?.lora_names().into_iter().chain(SCALE_NAMES);
+    let learned = learned.filter(|name| case.tensors.contains_key("grad.y") && case.tensors.contains_key(*name));
+    let answers = std::iter::once("y".to_string()).chain(learned.map(|name| format!("grad.{name}")));
+    Ok(answers.filter(|name| !case.tensors.contains_key(name)).collect())
 }
 
 /// The tensors of a case that are no inputs.
