@@ -24,6 +24,7 @@ pub mod mistakes;
 pub mod operators;
 pub mod oracle;
 pub mod registry;
+pub mod tensor_file;
 pub mod traced;
 pub mod wora;
 

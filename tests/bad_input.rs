@@ -131,7 +131,8 @@ fn report(run: &Run) -> Value {
     assert_eq!(keys(&report), ["cases", "failed", "passed"]);
     let cases = report["cases"].as_array().unwrap();
     for case in cases {
-        let fields = ["diagnosis", "error", "facts", "file", "first_diverging", "name", "tensors", "verdict"];
+        let fields =
+            ["diagnosis", "error", "facts", "file", "first_diverging", "name", "tensors", "unanswered", "verdict"];
         assert_eq!(keys(case), fields);
         assert_eq!(case["error"].is_string(), case["verdict"] == "error", "{case}");
         assert_eq!(case["first_diverging"].is_string(), case["verdict"] == "fail", "{case}");

@@ -133,9 +133,13 @@ fn where_no_mistake_explains_the_numbers_facts_are_told() {
     let no_ids: Vec<String> = vec![];
     assert_eq!(changed(|_| {}), (no_ids.clone(), vec![]));
     type Change = fn(&mut woracle::case::Tensors);
-    let changes: [(Change, &str); 9] = [
+    let changes: [(Change, &str); 10] = [
         (|all| *all.get_mut("y").expect("y") *= 3.0, "y: every element is 3.000000 times what it should be"),
-        (|all| all.get_mut("grad.x").expect("dx").fill(0.0), "grad.x: it is zero everywhere"),
+        (|all| all.get_mut("y").expect("y").fill(0.0), "y: it is zero everywhere"),
+        (
+            |all| *all.get_mut("grad.lora_wora_alpha").expect("dalpha") *= 1.0 + 1e-9, // one number is no pattern
+            "grad.lora_wora_alpha: every element is 1.000000 times what it should be",
+        ),
         (
             |all| all.get_mut("y").expect("y")[[1, 2]] = f64::NAN,
             "y: 1 of 30 elements are no numbers, the first at [1, 2]",

@@ -13,16 +13,13 @@
 
 use super::Dtype;
 use crate::case::{Case, Tensor};
-use crate::operators::PARALLEL_ELEMENTS;
+use crate::tensor_file::TensorFile;
 use crate::{Error, Result};
 use half::{bf16, f16};
 use ndarray::ArrayD;
-use rayon::prelude::*;
-use safetensors::{SafeTensors, tensor::TensorView};
+use safetensors::tensor::{TensorInfo, TensorView};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 /// The newest format that is understood. A newer one may mean something else by the same words.
@@ -124,25 +121,8 @@ pub fn find(path: &Path) -> Result<Vec<PathBuf>> {
 /// A file that is no safetensors file, holds a type of tensor that is not supported, or lacks the metadata;
 /// each names the file, and the tensor or field where there is one.
 pub fn read(path: &Path) -> Result<CaseFile> {
-    let bytes = bytes(path).map_err(|error| Error::io(path, &error))?;
     let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-    parse(&bytes, &stem).map_err(|error| error.in_file(path))
-}
-
-/// The bytes of a file, a large one read in parallel: most of the time goes into fresh memory.
-fn bytes(path: &Path) -> std::io::Result<Vec<u8>> {
-    const PIECE: usize = 1 << 24;
-    let length = std::fs::metadata(path)?.len() as usize;
-    if length <= PIECE {
-        return std::fs::read(path); // also what has no length, such as a pipe
-    }
-    let mut bytes = vec![0; length];
-    bytes.par_chunks_mut(PIECE).enumerate().try_for_each(|(at, piece)| {
-        let mut file = File::open(path)?;
-        file.seek(SeekFrom::Start((at * PIECE) as u64))?;
-        file.read_exact(piece)
-    })?;
-    Ok(bytes)
+    from_tensors(&TensorFile::open(path)?, &stem).map_err(|error| error.in_file(path))
 }
 
 /// A case from the bytes of its file. `stem` is its name where the metadata has none.
@@ -151,18 +131,16 @@ fn bytes(path: &Path) -> std::io::Result<Vec<u8>> {
 ///
 /// As [`read`].
 pub fn parse(bytes: &[u8], stem: &str) -> Result<CaseFile> {
-    let broken = |error: safetensors::SafeTensorError| Error::Unexpected {
-        tensor: "safetensors".into(),
-        reason: format!("expected a whole file, found {} bytes: {error}", bytes.len()),
-    };
-    let file = SafeTensors::deserialize(bytes).map_err(broken)?;
-    let (_, header) = SafeTensors::read_metadata(bytes).map_err(broken)?;
+    from_tensors(&TensorFile::from_bytes(bytes)?, stem)
+}
+
+fn from_tensors(file: &TensorFile<'_>, stem: &str) -> Result<CaseFile> {
     let field = |expected: &str, found: &dyn std::fmt::Display| Error::Setting {
         name: METADATA_KEY,
         expected: expected.into(),
         found: found.to_string(),
     };
-    let json = header.metadata().as_ref().and_then(|metadata| metadata.get(METADATA_KEY));
+    let json = file.metadata().and_then(|metadata| metadata.get(METADATA_KEY));
     let json = json.ok_or_else(|| field("a metadata key of this name", &"none"))?;
     let mut settings: Map<String, Value> =
         serde_json::from_str(json).map_err(|error| field("a JSON object", &error))?;
@@ -181,8 +159,8 @@ pub fn parse(bytes: &[u8], stem: &str) -> Result<CaseFile> {
     let layer = text("layer")?.ok_or_else(|| field("a field \"layer\"", &"none"))?;
 
     let (mut tensors, mut dtypes) = (BTreeMap::new(), BTreeMap::new());
-    for (name, view) in file.tensors() {
-        let (tensor, dtype) = tensor(&name, &view)?;
+    for (name, info) in file.tensors() {
+        let (tensor, dtype) = tensor(file, &name, info)?;
         dtypes.extend(dtype.map(|dtype| (name.clone(), dtype)));
         tensors.insert(name, tensor);
     }
@@ -190,39 +168,32 @@ pub fn parse(bytes: &[u8], stem: &str) -> Result<CaseFile> {
 }
 
 /// A tensor, and its type where it is a floating-point one.
-fn tensor(name: &str, view: &TensorView<'_>) -> Result<(Tensor, Option<Dtype>)> {
-    /// The elements, `N` bytes each.
-    fn elements<const N: usize, E: Send>(
-        view: &TensorView<'_>,
-        read: impl Fn([u8; N]) -> E + Sync + Send,
-    ) -> Option<ArrayD<E>> {
-        let (chunks, _) = view.data().as_chunks::<N>();
-        let elements = chunks.par_iter().with_min_len(PARALLEL_ELEMENTS).copied().map(read).collect();
-        ArrayD::from_shape_vec(view.shape(), elements).ok()
+fn tensor(file: &TensorFile<'_>, name: &str, info: &TensorInfo) -> Result<(Tensor, Option<Dtype>)> {
+    fn elements<const N: usize, E: Clone + Default + Send>(
+        (file, name, info): (&TensorFile<'_>, &str, &TensorInfo),
+        read: impl Fn([u8; N]) -> E + Sync,
+    ) -> Result<ArrayD<E>> {
+        file.elements(name, info, read)
     }
     use safetensors::Dtype as Stored;
-    let float = |values: Option<ArrayD<f64>>, dtype| values.map(|values| (Tensor::Float(values), Some(dtype)));
-    let int = |ids: Option<ArrayD<i64>>| ids.map(|ids| (Tensor::Int(ids), None));
-    let read = match view.dtype() {
-        Stored::F64 => float(elements(view, f64::from_le_bytes), Dtype::F64),
-        Stored::F32 => float(elements(view, |bytes| f32::from_le_bytes(bytes).into()), Dtype::F32),
-        Stored::BF16 => float(elements(view, |bytes| bf16::from_le_bytes(bytes).to_f64()), Dtype::Bf16),
-        Stored::F16 => float(elements(view, |bytes| f16::from_le_bytes(bytes).to_f64()), Dtype::F16),
-        Stored::I64 => int(elements(view, i64::from_le_bytes)),
-        Stored::I32 => int(elements(view, |bytes| i32::from_le_bytes(bytes).into())),
-        Stored::I16 => int(elements(view, |bytes| i16::from_le_bytes(bytes).into())),
-        Stored::I8 => int(elements(view, |bytes| i8::from_le_bytes(bytes).into())),
-        Stored::U32 => int(elements(view, |bytes| u32::from_le_bytes(bytes).into())),
-        Stored::U16 => int(elements(view, |bytes| u16::from_le_bytes(bytes).into())),
-        Stored::U8 => int(elements(view, |bytes| u8::from_le_bytes(bytes).into())),
+    let float = |values: Result<ArrayD<f64>>, dtype| Ok((Tensor::Float(values?), Some(dtype)));
+    let int = |ids: Result<ArrayD<i64>>| Ok((Tensor::Int(ids?), None));
+    let from = (file, name, info);
+    match info.dtype {
+        Stored::F64 => float(elements(from, f64::from_le_bytes), Dtype::F64),
+        Stored::F32 => float(elements(from, |bytes| f32::from_le_bytes(bytes).into()), Dtype::F32),
+        Stored::BF16 => float(elements(from, |bytes| bf16::from_le_bytes(bytes).to_f64()), Dtype::Bf16),
+        Stored::F16 => float(elements(from, |bytes| f16::from_le_bytes(bytes).to_f64()), Dtype::F16),
+        Stored::I64 => int(elements(from, i64::from_le_bytes)),
+        Stored::I32 => int(elements(from, |bytes| i32::from_le_bytes(bytes).into())),
+        Stored::I16 => int(elements(from, |bytes| i16::from_le_bytes(bytes).into())),
+        Stored::I8 => int(elements(from, |bytes| i8::from_le_bytes(bytes).into())),
+        Stored::U32 => int(elements(from, |bytes| u32::from_le_bytes(bytes).into())),
+        Stored::U16 => int(elements(from, |bytes| u16::from_le_bytes(bytes).into())),
+        Stored::U8 => int(elements(from, |bytes| u8::from_le_bytes(bytes).into())),
         other => {
             let reason = format!("expected F64, F32, BF16 or F16, or an integer type for ids, found {other:?}");
-            return Err(Error::Unexpected { tensor: name.into(), reason });
+            Err(Error::Unexpected { tensor: name.into(), reason })
         }
-    };
-    read.ok_or_else(|| Error::Shape {
-        tensor: name.into(),
-        expected: "one that fits in memory".into(),
-        found: view.shape().to_vec(),
-    })
+    }
 }

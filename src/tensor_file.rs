@@ -1,0 +1,186 @@
+//! Safetensors files read by position: the header at once, a tensor when it is asked for, in parallel, and never the
+//! whole file.
+//!
+//! ```
+//! use woracle::{oracle::{CaseFile, Dtype}, registry, tensor_file::TensorFile};
+//! let linear = registry::layer("linear")?;
+//! let bytes = CaseFile::new(linear.draw(&linear.specs()[0], 0), Dtype::F32).to_bytes();
+//! let file = TensorFile::from_bytes(&bytes)?;
+//! let bias = file.tensors()["base.bias"];
+//! assert_eq!(bias.shape, [6]);
+//! assert_eq!(file.elements("base.bias", bias, f32::from_le_bytes)?.len(), 6);
+//! # Ok::<(), woracle::Error>(())
+//! ```
+
+use crate::{Error, Result};
+use ndarray::ArrayD;
+use rayon::prelude::*;
+use safetensors::SafeTensorError;
+use safetensors::tensor::{Metadata, TensorInfo};
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{Error as IoError, Read};
+use std::path::Path;
+
+/// Bytes of the file that give the length of the header.
+const LENGTH: usize = 8;
+/// A header is at most so long: 100 MB, as everywhere.
+const LONGEST_HEADER: usize = 100_000_000;
+/// So many elements are read in one piece.
+const PIECE: usize = 1 << 16;
+
+/// A safetensors file whose header has been read and fits its length.
+pub struct TensorFile<'a> {
+    source: Source<'a>,
+    header: Metadata,
+    /// Where the tensors begin.
+    start: u64,
+}
+
+/// Where the bytes are.
+enum Source<'a> {
+    Bytes(&'a [u8]),
+    /// What has no length, such as a pipe, and has been read to its end.
+    Read(Vec<u8>),
+    File(File),
+}
+
+impl Source<'_> {
+    fn bytes(&self) -> Option<&[u8]> {
+        match self {
+            Self::Bytes(bytes) => Some(bytes),
+            Self::Read(bytes) => Some(bytes),
+            Self::File(_) => None,
+        }
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
+        if let Self::File(file) = self {
+            return read_exact_at(file, buffer, offset);
+        }
+        let offset = usize::try_from(offset).map_err(IoError::other)?;
+        let bytes = self.bytes().and_then(|bytes| bytes.get(offset..)?.get(..buffer.len()));
+        buffer.copy_from_slice(bytes.ok_or(std::io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+}
+
+#[cfg(unix)]
+fn read_exact_at(file: &File, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, buffer, offset)
+}
+
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut buffer: &mut [u8], mut offset: u64) -> std::io::Result<()> {
+    while !buffer.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, buffer, offset)? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            count => (buffer, offset) = (&mut buffer[count..], offset + count as u64),
+        }
+    }
+    Ok(())
+}
+
+impl TensorFile<'static> {
+    /// Opens a file.
+    ///
+    /// # Errors
+    ///
+    /// One that cannot be read, or is no whole safetensors file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let failed = |error: IoError| Error::io(path, &error);
+        let mut file = File::open(path).map_err(failed)?;
+        let about = file.metadata().map_err(failed)?;
+        if about.is_file() {
+            return Self::new(Source::File(file), about.len()).map_err(|error| error.in_file(path));
+        }
+        let mut bytes = vec![];
+        file.read_to_end(&mut bytes).map_err(failed)?;
+        let length = bytes.len() as u64;
+        Self::new(Source::Read(bytes), length).map_err(|error| error.in_file(path))
+    }
+}
+
+impl<'a> TensorFile<'a> {
+    /// A file that is in memory.
+    ///
+    /// # Errors
+    ///
+    /// Bytes that are no whole safetensors file.
+    pub fn from_bytes(bytes: &'a [u8]) -> Result<Self> {
+        Self::new(Source::Bytes(bytes), bytes.len() as u64)
+    }
+
+    fn new(source: Source<'a>, length: u64) -> Result<Self> {
+        let refuse = |reason: &dyn std::fmt::Display| Error::Unexpected {
+            tensor: "safetensors".into(),
+            reason: format!("expected a whole file, found {length} bytes: {reason}"),
+        };
+        if length < LENGTH as u64 {
+            return Err(refuse(&SafeTensorError::HeaderTooSmall));
+        }
+        let mut first = [0; LENGTH];
+        source.read_exact_at(&mut first, 0).map_err(|error| refuse(&error))?;
+        let header = u64::from_le_bytes(first);
+        if header > LONGEST_HEADER as u64 {
+            return Err(refuse(&SafeTensorError::HeaderTooLarge));
+        }
+        let start = LENGTH as u64 + header;
+        if start > length {
+            return Err(refuse(&SafeTensorError::InvalidHeaderLength));
+        }
+        let mut bytes = vec![0; header as usize];
+        source.read_exact_at(&mut bytes, LENGTH as u64).map_err(|error| refuse(&error))?;
+        let header: Metadata = serde_json::from_slice(&bytes).map_err(|error| refuse(&error))?;
+        if start + header.data_len() as u64 != length {
+            return Err(refuse(&SafeTensorError::MetadataIncompleteBuffer));
+        }
+        Ok(Self { source, header, start })
+    }
+
+    /// The text beside the tensors.
+    pub fn metadata(&self) -> Option<&HashMap<String, String>> {
+        self.header.metadata().as_ref()
+    }
+
+    /// Every tensor: its type, its shape, where it lies.
+    pub fn tensors(&self) -> BTreeMap<String, &TensorInfo> {
+        self.header.tensors().into_iter().collect()
+    }
+
+    /// The elements of a tensor whose type has `N` bytes; the name is for what goes wrong.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be read to the tensor's end, or a shape whose elements no memory holds.
+    pub fn elements<const N: usize, E: Clone + Default + Send>(
+        &self,
+        name: &str,
+        tensor: &TensorInfo,
+        read: impl Fn([u8; N]) -> E + Sync,
+    ) -> Result<ArrayD<E>> {
+        let (first, end) = tensor.data_offsets;
+        let count = (end - first) / N;
+        let mut elements = vec![E::default(); count];
+        elements
+            .par_chunks_mut(PIECE)
+            .enumerate()
+            .try_for_each_init(Vec::new, |buffer, (piece, elements)| {
+                buffer.resize(N * elements.len(), 0);
+                let offset = self.start + (first + piece * PIECE * N) as u64;
+                self.source.read_exact_at(buffer, offset)?;
+                let (bytes, _) = buffer.as_chunks::<N>();
+                elements.iter_mut().zip(bytes).for_each(|(element, &bytes)| *element = read(bytes));
+                Ok(())
+            })
+            .map_err(|error: IoError| Error::Unexpected {
+                tensor: name.into(),
+                reason: format!("expected {count} elements, found the end: {error}"),
+            })?;
+        ArrayD::from_shape_vec(tensor.shape.clone(), elements).map_err(|_| Error::Shape {
+            tensor: name.into(),
+            expected: "one that fits in memory".into(),
+            found: tensor.shape.clone(),
+        })
+    }
+}
