@@ -17,6 +17,7 @@ use ndarray::ArrayD;
 use rayon::prelude::*;
 use safetensors::SafeTensorError;
 use safetensors::tensor::{Metadata, TensorInfo};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{Error as IoError, Read};
@@ -39,29 +40,22 @@ pub struct TensorFile<'a> {
 
 /// Where the bytes are.
 enum Source<'a> {
-    Bytes(&'a [u8]),
-    /// What has no length, such as a pipe, and has been read to its end.
-    Read(Vec<u8>),
+    /// Those given, or those of what has no length, such as a pipe, read to its end.
+    Bytes(Cow<'a, [u8]>),
     File(File),
 }
 
 impl Source<'_> {
-    fn bytes(&self) -> Option<&[u8]> {
-        match self {
-            Self::Bytes(bytes) => Some(bytes),
-            Self::Read(bytes) => Some(bytes),
-            Self::File(_) => None,
-        }
-    }
-
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
-        if let Self::File(file) = self {
-            return read_exact_at(file, buffer, offset);
+        match self {
+            Self::File(file) => read_exact_at(file, buffer, offset),
+            Self::Bytes(bytes) => {
+                let offset = usize::try_from(offset).map_err(IoError::other)?;
+                let bytes = bytes.get(offset..).and_then(|rest| rest.get(..buffer.len()));
+                buffer.copy_from_slice(bytes.ok_or(std::io::ErrorKind::UnexpectedEof)?);
+                Ok(())
+            }
         }
-        let offset = usize::try_from(offset).map_err(IoError::other)?;
-        let bytes = self.bytes().and_then(|bytes| bytes.get(offset..)?.get(..buffer.len()));
-        buffer.copy_from_slice(bytes.ok_or(std::io::ErrorKind::UnexpectedEof)?);
-        Ok(())
     }
 }
 
@@ -97,7 +91,7 @@ impl TensorFile<'static> {
         let mut bytes = vec![];
         file.read_to_end(&mut bytes).map_err(failed)?;
         let length = bytes.len() as u64;
-        Self::new(Source::Read(bytes), length).map_err(|error| error.in_file(path))
+        Self::new(Source::Bytes(bytes.into()), length).map_err(|error| error.in_file(path))
     }
 }
 
@@ -108,7 +102,7 @@ impl<'a> TensorFile<'a> {
     ///
     /// Bytes that are no whole safetensors file.
     pub fn from_bytes(bytes: &'a [u8]) -> Result<Self> {
-        Self::new(Source::Bytes(bytes), bytes.len() as u64)
+        Self::new(Source::Bytes(bytes.into()), bytes.len() as u64)
     }
 
     fn new(source: Source<'a>, length: u64) -> Result<Self> {

@@ -77,7 +77,7 @@ impl Adjoints {
     /// Adds amounts to the derivatives with respect to as many numbers; constants have none.
     pub fn add<'a>(&mut self, numbers: impl IntoIterator<Item = &'a Traced>, amounts: impl IntoIterator<Item = f64>) {
         for (number, amount) in numbers.into_iter().zip(amounts) {
-            if number.node != CONSTANT {
+            if !number.is_constant() {
                 self.0[number.node as usize] += amount;
             }
         }

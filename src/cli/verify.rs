@@ -158,10 +158,14 @@ fn row(case: &CaseVerdict, tensor: &TensorVerdict) -> [String; 10] {
     ]
 }
 
-/// What is to be said of a case that fails, a line each.
+/// What is to be said of a case, a line each: of one that passes only what it does not answer.
 fn explanation(case: &CaseVerdict) -> Vec<String> {
     let Diagnosis { first_diverging, candidates, facts, too_large } = &case.diagnosis;
     let mut lines = vec![];
+    if !case.unanswered.is_empty() {
+        let names: Vec<_> = case.unanswered.iter().map(|name| printable(name)).collect();
+        lines.push(format!("not answered: {}", names.join(", ")));
+    }
     lines.extend(first_diverging.as_ref().map(|name| format!("first diverging: {}", printable(name))));
     let explained = candidates.first().map(|best| best.residual);
     let ties = candidates.iter().take_while(|one| Some(one.residual) == explained).count();
@@ -186,12 +190,6 @@ fn explanation(case: &CaseVerdict) -> Vec<String> {
     lines
 }
 
-/// The answers that a file does not have, in a line.
-fn silence(case: &CaseVerdict) -> Option<String> {
-    let names: Vec<_> = case.unanswered.iter().map(|name| printable(name)).collect();
-    (!names.is_empty()).then(|| format!("not answered: {}", names.join(", ")))
-}
-
 fn as_table(report: &Report) -> String {
     let mut table = table(&HEADER);
     let mut below = String::new();
@@ -202,10 +200,7 @@ fn as_table(report: &Report) -> String {
             table.add_row(cells);
         }
         table.add_rows(case.tensors.iter().map(|tensor| row(case, tensor)));
-        let mut lines: Vec<String> = silence(case).into_iter().collect();
-        if case.verdict == Verdict::Fail {
-            lines.extend(explanation(case));
-        }
+        let lines = explanation(case);
         if !lines.is_empty() {
             below += &format!("\n{}:\n  {}", printable(&case.name), lines.join("\n  "));
         }
@@ -231,13 +226,14 @@ fn as_markdown(report: &Report) -> String {
             }
             text += "\n";
         }
-        for line in silence(case).into_iter().chain(explanation(case)) {
+        for line in explanation(case) {
             text += &format!("\n- {}", escape::markdown(line.trim_start()));
         }
     }
     for case in report.cases.iter().filter(|case| case.verdict == Verdict::Pass) {
-        let line = silence(case).map(|line| format!("{}: {line}", printable(&case.name)));
-        text += &line.map_or_else(String::new, |line| format!("\n- {}", escape::markdown(&line)));
+        for line in explanation(case) {
+            text += &format!("\n- {}", escape::markdown(&format!("{}: {line}", printable(&case.name))));
+        }
     }
     text
 }
@@ -255,15 +251,15 @@ fn as_junit(report: &Report) -> String {
         let (name, file) = (escape::xml(&printable(&case.name)), escape::xml(&printable(&case.file)));
         text += &format!("\n  <testcase name=\"{name}\" classname=\"{file}\"");
         text += &match case.verdict {
-            Verdict::Pass => match silence(case) {
-                None => "/>".into(),
-                Some(line) => format!(">\n    <system-out>{}</system-out>\n  </testcase>", escape::xml(&line)),
-            },
+            Verdict::Pass if case.unanswered.is_empty() => "/>".into(),
+            Verdict::Pass => {
+                let lines = escape::xml(&explanation(case).join("\n"));
+                format!(">\n    <system-out>{lines}</system-out>\n  </testcase>")
+            }
             Verdict::Fail => {
                 let failed = case.tensors.iter().filter(|tensor| tensor.verdict != Verdict::Pass);
                 let names: Vec<_> = failed.map(|tensor| printable(&tensor.name)).collect();
-                let lines: Vec<_> = silence(case).into_iter().chain(explanation(case)).collect();
-                let lines = escape::xml(&lines.join("\n"));
+                let lines = escape::xml(&explanation(case).join("\n"));
                 let message = escape::xml(&format!("wrong: {}", names.join(", ")));
                 format!(">\n    <failure message=\"{message}\">{lines}</failure>\n  </testcase>")
             }

@@ -1,11 +1,10 @@
 //! A [`Formula`] at a case, on traced numbers: the lines of SPEC.md, section 4, in the order in which they are
-//! computed, each taking the way that the formula says. It shares nothing with the definition.
+//! computed, each taking the way that the formula says. It shares nothing with the definition; products and operators it
+//! has from the production path.
 
-use super::formula::{
-    Bias, Delta, Eps, Formula, Gain, Learned, Norm, NormOf, NormPer, Output, Overwritten, Path as NormPath,
-};
+use super::blocks::{Adjoint, operate, product};
+use super::formula::{Bias, Delta, Eps, Formula, Gain, Learned, Norm, NormOf, NormPer, Output, Overwritten, Path};
 use super::formula::{Scaling, Walk, Weighted};
-use super::linear::{Adjoint, operate, product};
 use crate::operators::Operator;
 use crate::traced::Traced;
 use crate::wora::{Definition, NormAxis, NormGradient, as_matrix};
@@ -51,7 +50,7 @@ impl Formula {
         let weighted = stages.weighted(&base, &delta);
         let weight_norm = stages.weight_norm(&base, &delta, &weighted, anchor.weight_norm.as_deref());
         let gains = stages.gains(&weight_norm, base.dim());
-        let y = stages.output(&base, &lora_a, &gains, anchor)?;
+        let y = stages.output(&base, &lora_a, &delta, &gains, anchor)?;
         let (weighted, gains) = (weighted.mapv(Real::value), gains.mapv(Real::value));
         let of_norm = |i: usize| gains[if stages.per_input { (0, i * stages.kernel) } else { (i, 0) }];
         let gain = (0..weight_norm.len()).map(of_norm).collect();
@@ -111,15 +110,15 @@ struct Stages<'a, 'd, 'x, O: Operator> {
     per_input: bool,
     /// Columns of the weight that share an input channel.
     kernel: usize,
-    /// The operator, and which paths of the input go through it.
-    walks: Vec<(O, &'static [Path])>,
+    /// The operator, and which branches of the weight it is applied to.
+    walks: Vec<(O, &'static [Branch])>,
     /// Which column of the weight every column is taken for.
     columns: Vec<usize>,
 }
 
-/// The paths of the input.
+/// Through which part of the weight the input goes.
 #[derive(Clone, Copy)]
-enum Path {
+enum Branch {
     Base,
     Lora,
 }
@@ -163,10 +162,12 @@ impl<'a, 'd, 'x, O: Operator> Stages<'a, 'd, 'x, O> {
             && (formula.bias != Bias::Scaled || !per_input);
         let (alpha, beta) = (learned(formula.alpha, alpha, beta), learned(formula.beta, beta, alpha));
         let without = |setting| operator_without(setting, at, anchor);
-        let walks: Vec<(O, &'static [Path])> = match formula.walk {
-            Walk::Without(setting) => vec![(without(setting)?, &[Path::Base, Path::Lora])],
-            Walk::LoraWithout(setting) => vec![(operator.clone(), &[Path::Base]), (without(setting)?, &[Path::Lora])],
-            _ => vec![(operator.clone(), &[Path::Base, Path::Lora])],
+        let walks: Vec<(O, &'static [Branch])> = match formula.walk {
+            Walk::Without(setting) => vec![(without(setting)?, &[Branch::Base, Branch::Lora])],
+            Walk::LoraWithout(setting) => {
+                vec![(operator.clone(), &[Branch::Base]), (without(setting)?, &[Branch::Lora])]
+            }
+            _ => vec![(operator.clone(), &[Branch::Base, Branch::Lora])],
         };
         let shape = operator.output_shape::<f64>(at.input)?;
         let fits = |(walk, _): &(O, _)| walk.output_shape::<f64>(at.input).is_ok_and(|other| other == shape);
@@ -291,9 +292,9 @@ impl<'a, 'd, 'x, O: Operator> Stages<'a, 'd, 'x, O> {
             NormOf::WithoutAlphaBeta => each(&|w, delta| w + s * delta),
         };
         let held = match self.formula.norm_gradient {
-            NormPath::Setting => self.at.config.norm_gradient == NormGradient::Detached,
-            NormPath::Held => true,
-            NormPath::Free => false,
+            Path::Setting => self.at.config.norm_gradient == NormGradient::Detached,
+            Path::Held => true,
+            Path::Free => false,
         };
         let Some(anchor) = anchor else { return n };
         // A unit without a direction keeps its zero row.
@@ -355,30 +356,27 @@ impl<'a, 'd, 'x, O: Operator> Stages<'a, 'd, 'x, O> {
         &self,
         base: &Array2<Traced>,
         lora_a: &Array2<Traced>,
+        delta: &Array2<Traced>,
         gain: &Array2<Traced>,
         anchor: &Anchor,
     ) -> Result<ArrayD<Traced>> {
         let Definition { operator, input, .. } = *self.at;
         let shape = operator.output_shape::<f64>(input)?;
-        let moving = self.looked_up(base, lora_a, anchor)?;
+        let moving = self.looked_up(base, lora_a, delta, anchor)?;
         // What an overwritten lookup has left of its gradient: nothing, but for what the gain passes on.
         let still = (self.formula.overwritten == Overwritten::Ids)
             .then(|| (moved(base, &anchor.base, |_| 0.0), self.delta(moved(lora_a, &anchor.lora_a, |_| 0.0).view())));
         let base_norm = self.base_norm(base);
         let embed_scale = anchor.settings.get("embed_scale").and_then(Value::as_f64).unwrap_or(1.0);
         let weigh = |(base, delta): &(Array2<Traced>, Array2<Traced>), at: (usize, usize)| {
-            let [base, lora] = self.weights(Entry {
+            self.weights(Entry {
                 w: base[at],
                 delta: delta[at],
                 of_base: self.of_base(base[at], base_norm.as_ref().map(|norm| norm[self.index(at)])),
                 of_lora: self.of_lora(delta[at]),
                 gain: gain[at],
                 embed_scale: Traced::constant(embed_scale),
-            });
-            move |path: Path| match path {
-                Path::Base => base,
-                Path::Lora => lora,
-            }
+            })
         };
         let mask = self.at.mask.as_ref().filter(|_| self.formula.output != Output::DropoutIgnored);
         let kept = |k: f64| if self.formula.output == Output::DropoutUnscaled && k != 0.0 { 1.0 } else { k };
@@ -386,14 +384,13 @@ impl<'a, 'd, 'x, O: Operator> Stages<'a, 'd, 'x, O> {
             let values = x.iter().zip(mask).map(|(&x, mask)| x * Traced::constant(kept(mask.value())));
             ArrayD::from_shape_vec(x.shape(), values.collect()).expect("a mask in the shape of x")
         });
-        let mut y: Option<ArrayD<Traced>> = None;
-        for (walk, paths) in &self.walks {
+        let mut parts = vec![];
+        for (walk, branches) in &self.walks {
             let weight = |of: &(Array2<Traced>, Array2<Traced>), part: fn(Through) -> Traced| {
                 Array2::from_shape_fn(base.dim(), |(u, j)| {
                     let through = weigh(of, (u, self.columns[j]));
-                    let mut parts = paths.iter().map(|&path| part(through(path)));
-                    let first = parts.next().expect("a path");
-                    parts.fold(first, |sum, part| sum + part)
+                    let parts = branches.iter().map(|&branch| part(through[branch as usize]));
+                    parts.reduce(|sum, part| sum + part).expect("a branch")
                 })
             };
             let through = |x: Option<&ArrayD<Traced>>, part: fn(Through) -> Traced| {
@@ -405,20 +402,15 @@ impl<'a, 'd, 'x, O: Operator> Stages<'a, 'd, 'x, O> {
                 operate(walk, input, x, weight(&moving, part), adjoint, shape.clone())
             };
             let x = self.at.x.as_ref();
-            let parts = match &masked {
-                None => vec![through(x, |Through { input, masked }| input + masked)],
+            match &masked {
+                None => parts.push(through(x, |Through { input, masked }| input + masked)),
                 Some(masked) => {
-                    vec![through(x, |through| through.input), through(Some(masked), |through| through.masked)]
+                    parts.push(through(x, |through| through.input));
+                    parts.push(through(Some(masked), |through| through.masked));
                 }
-            };
-            for part in parts {
-                y = Some(match y {
-                    None => part,
-                    Some(y) => added(y, &part),
-                });
             }
         }
-        let mut y = y.expect("a path");
+        let mut y = parts.into_iter().reduce(|sum, part| sum + &part).expect("an operator");
         if let Some(bias) = &self.at.base.bias {
             let outputs_of_unit: usize = shape[operator.unit_axis(shape.len()) + 1..].iter().product();
             for (o, y) in y.iter_mut().enumerate() {
@@ -446,6 +438,7 @@ impl<'a, 'd, 'x, O: Operator> Stages<'a, 'd, 'x, O> {
         &self,
         base: &Array2<Traced>,
         lora_a: &Array2<Traced>,
+        delta: &Array2<Traced>,
         anchor: &Anchor,
     ) -> Result<(Array2<Traced>, Array2<Traced>)> {
         let fraction = match self.formula.walk {
@@ -454,7 +447,7 @@ impl<'a, 'd, 'x, O: Operator> Stages<'a, 'd, 'x, O> {
             }
             _ => self.at.operator.gradient_fraction::<f64>(self.at.input),
         };
-        let Some(fraction) = fraction else { return Ok((base.clone(), self.delta(lora_a.view()))) };
+        let Some(fraction) = fraction else { return Ok((base.clone(), delta.clone())) };
         let lora_a = moved(lora_a, &anchor.lora_a, |j| fraction[j]);
         Ok((moved(base, &anchor.base, |j| fraction[j]), self.delta(lora_a.view())))
     }
@@ -466,11 +459,6 @@ fn operator_without<O: Operator>(setting: &str, at: &Definition<'_, '_, O, Trace
     settings.remove(setting);
     let settings = serde_json::from_value(settings.into()).expect("the settings of a case but one");
     O::from_weight_shape(settings, at.base.weight.shape())
-}
-
-fn added(mut sum: ArrayD<Traced>, other: &ArrayD<Traced>) -> ArrayD<Traced> {
-    sum.zip_mut_with(other, |sum, &other| *sum = *sum + other);
-    sum
 }
 
 /// Each column moved from the anchor by a fraction of the way.

@@ -6,7 +6,10 @@ use crate::case::{Case, Tensor, Tensors};
 use crate::traced::{TracedTensors, gradient};
 use crate::{Real, Result};
 use ndarray::ArrayD;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// A formula, and what it came to; `None` where it asks for other shapes.
+type Known = (Formula, Option<Arc<Tensors>>);
 
 /// A case in which mistakes are made, and what formulas come to in it.
 pub(crate) struct Spoiling<'a> {
@@ -18,14 +21,17 @@ pub(crate) struct Spoiling<'a> {
     /// A formula at a case; `None` where it asks for other shapes.
     pub formula: &'a (dyn Fn(&Formula, &Case) -> Result<Option<TracedForward>> + Sync),
     /// What has been evaluated in the case.
-    pub known: Mutex<Vec<(Formula, Option<Arc<Tensors>>)>>,
+    pub known: Mutex<Vec<Known>>,
 }
 
 impl Spoiling<'_> {
+    fn all_known(&self) -> MutexGuard<'_, Vec<Known>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What a formula came to, where it has been evaluated.
     fn known(&self, formula: &Formula) -> Option<Option<Arc<Tensors>>> {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.iter().find(|(other, _)| other == formula).map(|(_, results)| results.clone())
+        self.all_known().iter().find(|(other, _)| other == formula).map(|(_, results)| results.clone())
     }
 
     /// y, the stages of the weight, and the gradients of `<dy, y>` of a formula.
@@ -34,7 +40,7 @@ impl Spoiling<'_> {
             return Ok(results);
         }
         let results = self.at(formula, self.case)?.map(Arc::new);
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).push((*formula, results.clone()));
+        self.all_known().push((*formula, results.clone()));
         Ok(results)
     }
 

@@ -12,10 +12,10 @@
 //! ```
 
 mod bank;
+mod blocks;
 mod evaluate;
 mod formula;
 mod gradients;
-mod linear;
 
 pub use bank::MISTAKES;
 pub(crate) use evaluate::{Anchor, Evaluated};

@@ -169,28 +169,21 @@ fn from_tensors(file: &TensorFile<'_>, stem: &str) -> Result<CaseFile> {
 
 /// A tensor, and its type where it is a floating-point one.
 fn tensor(file: &TensorFile<'_>, name: &str, info: &TensorInfo) -> Result<(Tensor, Option<Dtype>)> {
-    fn elements<const N: usize, E: Clone + Default + Send>(
-        (file, name, info): (&TensorFile<'_>, &str, &TensorInfo),
-        read: impl Fn([u8; N]) -> E + Sync,
-    ) -> Result<ArrayD<E>> {
-        file.elements(name, info, read)
-    }
     use safetensors::Dtype as Stored;
     let float = |values: Result<ArrayD<f64>>, dtype| Ok((Tensor::Float(values?), Some(dtype)));
     let int = |ids: Result<ArrayD<i64>>| Ok((Tensor::Int(ids?), None));
-    let from = (file, name, info);
     match info.dtype {
-        Stored::F64 => float(elements(from, f64::from_le_bytes), Dtype::F64),
-        Stored::F32 => float(elements(from, |bytes| f32::from_le_bytes(bytes).into()), Dtype::F32),
-        Stored::BF16 => float(elements(from, |bytes| bf16::from_le_bytes(bytes).to_f64()), Dtype::Bf16),
-        Stored::F16 => float(elements(from, |bytes| f16::from_le_bytes(bytes).to_f64()), Dtype::F16),
-        Stored::I64 => int(elements(from, i64::from_le_bytes)),
-        Stored::I32 => int(elements(from, |bytes| i32::from_le_bytes(bytes).into())),
-        Stored::I16 => int(elements(from, |bytes| i16::from_le_bytes(bytes).into())),
-        Stored::I8 => int(elements(from, |bytes| i8::from_le_bytes(bytes).into())),
-        Stored::U32 => int(elements(from, |bytes| u32::from_le_bytes(bytes).into())),
-        Stored::U16 => int(elements(from, |bytes| u16::from_le_bytes(bytes).into())),
-        Stored::U8 => int(elements(from, |bytes| u8::from_le_bytes(bytes).into())),
+        Stored::F64 => float(file.elements(name, info, f64::from_le_bytes), Dtype::F64),
+        Stored::F32 => float(file.elements(name, info, |bytes| f32::from_le_bytes(bytes).into()), Dtype::F32),
+        Stored::BF16 => float(file.elements(name, info, |bytes| bf16::from_le_bytes(bytes).to_f64()), Dtype::Bf16),
+        Stored::F16 => float(file.elements(name, info, |bytes| f16::from_le_bytes(bytes).to_f64()), Dtype::F16),
+        Stored::I64 => int(file.elements(name, info, i64::from_le_bytes)),
+        Stored::I32 => int(file.elements(name, info, |bytes| i32::from_le_bytes(bytes).into())),
+        Stored::I16 => int(file.elements(name, info, |bytes| i16::from_le_bytes(bytes).into())),
+        Stored::I8 => int(file.elements(name, info, |bytes| i8::from_le_bytes(bytes).into())),
+        Stored::U32 => int(file.elements(name, info, |bytes| u32::from_le_bytes(bytes).into())),
+        Stored::U16 => int(file.elements(name, info, |bytes| u16::from_le_bytes(bytes).into())),
+        Stored::U8 => int(file.elements(name, info, |bytes| u8::from_le_bytes(bytes).into())),
         other => {
             let reason = format!("expected F64, F32, BF16 or F16, or an integer type for ids, found {other:?}");
             Err(Error::Unexpected { tensor: name.into(), reason })

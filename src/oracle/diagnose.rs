@@ -25,7 +25,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 /// Cases whose base weight has more elements than this are not recomputed under every mistake: differentiating one takes
-/// some 400 bytes an element.
+/// some 900 bytes an element.
 pub const SMALL: usize = 1 << 22;
 /// Nor, above this, under pairs of mistakes.
 const SMALL_FOR_PAIRS: usize = 1 << 14;
@@ -111,7 +111,7 @@ fn explain(file: &CaseFile, expected: &Expected, tensors: &[TensorVerdict]) -> R
     let right = right(subject, &file.case)?;
     let candidates = with_mistakes(subject, &file.case, &right, |spoiling| {
         let evidence = Evidence::new(file, expected);
-        let mut candidates = singles(&evidence, spoiling, (SMALL / elements.max(1)).max(1))?;
+        let mut candidates = singles(&evidence, spoiling, SMALL / elements.max(1))?;
         if candidates.iter().all(|one| one.residual > 0.0) && elements <= SMALL_FOR_PAIRS {
             candidates.extend(pairs(&evidence, spoiling)?);
         }
