@@ -16,6 +16,7 @@
 //! The derivation of every line is in SPEC.md; `// E9` beside a line is the label of its formula there,
 //! `// C1` the constraint that a check enforces.
 
+pub mod bench;
 pub mod case;
 pub mod cases;
 pub mod gradcheck;

@@ -6,6 +6,7 @@
 //! assert!(names.contains(&"linear"));
 //! ```
 
+use crate::bench::{StepOf, TrainingStep};
 use crate::case::{Case, Tensor, Tensors};
 use crate::cases::{CONV1D, CONV2D, CONV3D, EMBEDDING, LINEAR, Spec, Twist, draw};
 use crate::error::check_shape;
@@ -90,6 +91,19 @@ pub enum Precision {
     F64,
 }
 
+impl Precision {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::F32, Self::F64];
+
+    /// `"f32"` or `"f64"`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => f32::NAME,
+            Self::F64 => f64::NAME,
+        }
+    }
+}
+
 /// A layer as everything that iterates the registry sees it.
 ///
 /// Results are named as in a case file: `y`, `grad.x`, `grad.lora_A`, ..., `weight_norm`, `merged_weight`.
@@ -125,6 +139,12 @@ pub trait Subject: Sync {
     ///
     /// As [`Subject::evaluate`].
     fn expect(&self, case: &Case, storages: &[Storage]) -> Result<(Tensors, Vec<Tensors>)>;
+    /// The layer of a case, its input and its cotangent, to be run again and again.
+    ///
+    /// # Errors
+    ///
+    /// As [`Subject::evaluate`]; a case without a cotangent.
+    fn training_step(&self, case: &Case, precision: Precision) -> Result<Box<dyn TrainingStep>>;
     /// How many products the definition's forward adds up.
     ///
     /// # Errors
@@ -260,6 +280,12 @@ impl<O: Operator> Adapted<O> {
         Ok(Self::tensors(Self::produce(&Self::parts::<T>(case)?, |_| true)?.0, T::as_f64))
     }
 
+    fn step<T: Scalar>(case: &Case) -> Result<Box<dyn TrainingStep>> {
+        case.values("grad.y")?;
+        let Parts { layer, x, dy, .. } = Self::parts::<T>(case)?;
+        Ok(Box::new(StepOf::new(layer, x, dy.expect("a cotangent"))))
+    }
+
     /// Hands the definition of a case, on numbers made of f64 by `lift`, and the cotangent to `run`.
     fn with_definition<R: Real, Out>(
         case: &Case,
@@ -360,6 +386,12 @@ impl<O: Operator> Subject for Adapted<O> {
         let rounding = |&storage: &Storage| answers(parts.layer.rounding(&cache, dy.clone(), &results, storage));
         let errors = storages.iter().map(rounding).collect();
         Ok((answers(results), errors))
+    }
+    fn training_step(&self, case: &Case, precision: Precision) -> Result<Box<dyn TrainingStep>> {
+        match precision {
+            Precision::F32 => Self::step::<f32>(case),
+            Precision::F64 => Self::step::<f64>(case),
+        }
     }
     fn terms(&self, case: &Case) -> Result<usize> {
         let operator = O::from_weight_shape(case.settings()?, case.values("base.weight")?.shape())?;

@@ -4,6 +4,7 @@ use assert_cmd::Command;
 use ndarray::{ArrayD, arr0, array};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use woracle::bench::TrainingStep;
 use woracle::case::{Case, Tensor, Tensors};
 use woracle::cases::Spec;
 use woracle::gradcheck::{
@@ -78,6 +79,9 @@ impl Subject for Altered<'_> {
     }
     fn expect(&self, case: &Case, storages: &[Storage]) -> Result<(Tensors, Vec<Tensors>)> {
         linear().expect(case, storages)
+    }
+    fn training_step(&self, case: &Case, precision: Precision) -> Result<Box<dyn TrainingStep>> {
+        linear().training_step(case, precision)
     }
     fn terms(&self, case: &Case) -> Result<usize> {
         linear().terms(case)

@@ -1,6 +1,7 @@
 //! The command line: one file a subcommand. Exit codes: 0 all well, 1 something is wrong with what was
 //! checked, 2 it could not be checked.
 
+mod bench;
 mod check;
 mod escape;
 mod golden;
@@ -23,6 +24,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Bench(bench::Args),
     Check(check::Args),
     Golden(golden::Args),
     Verify(verify::Args),
@@ -42,6 +44,7 @@ enum Outcome {
 /// Runs the command line of this process.
 pub fn run() -> ExitCode {
     let done = match Cli::parse().command {
+        Command::Bench(args) => bench::run(args),
         Command::Check(args) => check::run(args),
         Command::Golden(args) => golden::run(args),
         Command::Verify(args) => verify::run(args),

@@ -2,6 +2,7 @@
 
 use super::report::CaseReport;
 use super::{Options, Verdict, Witness, check};
+use crate::bench::TrainingStep;
 use crate::case::{Case, Tensor, Tensors};
 use crate::cases::Spec;
 use crate::mistakes::{Formula, Mistake, TracedForward};
@@ -136,6 +137,9 @@ impl Subject for Mistaken {
     }
     fn expect(&self, case: &Case, storages: &[Storage]) -> Result<(Tensors, Vec<Tensors>)> {
         self.subject.expect(case, storages)
+    }
+    fn training_step(&self, case: &Case, precision: Precision) -> Result<Box<dyn TrainingStep>> {
+        self.subject.training_step(case, precision)
     }
     fn terms(&self, case: &Case) -> Result<usize> {
         self.subject.terms(case)

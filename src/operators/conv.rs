@@ -270,6 +270,9 @@ impl<const N: usize> Operator for Conv<N> {
         output_ndim - 1 - N
     }
 
+    fn lend<'a, T: Scalar>(x: &'a Self::Input<'_, T>) -> Self::Input<'a, T> {
+        x.view().into()
+    }
     fn output_shape<T: Scalar>(&self, x: &Self::Input<'_, T>) -> Result<Vec<usize>> {
         let mut shape = x.shape().to_vec();
         let channels = shape.len().checked_sub(N + 1).filter(|&axis| axis <= 1);

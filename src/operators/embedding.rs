@@ -155,6 +155,9 @@ impl Operator for Embedding {
         in_standard_layout(matrix.reversed_axes()).into_dyn()
     }
 
+    fn lend<'a, T: Scalar>(x: &'a Ids) -> Ids {
+        x.clone()
+    }
     fn output_shape<T: Scalar>(&self, x: &Ids) -> Result<Vec<usize>> {
         let known = 0..self.num_embeddings as i64;
         if let Some((index, id)) = x.0.indexed_iter().find(|(_, id)| !known.contains(id)) {

@@ -101,6 +101,9 @@ impl Operator for Linear {
         in_standard_layout(stored).into_dyn()
     }
 
+    fn lend<'a, T: Scalar>(x: &'a Self::Input<'_, T>) -> Self::Input<'a, T> {
+        x.view().into()
+    }
     fn output_shape<T: Scalar>(&self, x: &Self::Input<'_, T>) -> Result<Vec<usize>> {
         let mut shape = x.shape().to_vec();
         match shape.last_mut() {

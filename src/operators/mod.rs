@@ -82,6 +82,8 @@ pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
     /// The matrix `[units, fan_in]` in the shape in which a weight is stored.
     fn stored_weight<E: Clone>(&self, matrix: Array2<E>) -> ArrayD<E>;
 
+    /// The same input, lent instead of copied.
+    fn lend<'a, T: Scalar>(x: &'a Self::Input<'_, T>) -> Self::Input<'a, T>;
     /// Which axis of an output with this many axes runs over the units.
     fn unit_axis(&self, output_ndim: usize) -> usize {
         output_ndim - 1

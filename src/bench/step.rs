@@ -1,0 +1,70 @@
+//! One training step: forward, and every gradient but dW0.
+
+use crate::operators::{Input, Operator};
+use crate::wora::{Gradients, Layer, RequiresGrad};
+use crate::{Result, Scalar};
+use ndarray::ArrayD;
+
+/// A step that can be timed again and again.
+pub trait TrainingStep {
+    /// Changes A, B, m, alpha and beta, as an optimiser does between two steps: nothing that depends on them can be kept.
+    fn update(&mut self);
+    /// Forward, then the gradients of x, A, B, m, alpha and beta.
+    ///
+    /// # Errors
+    ///
+    /// A unit without a direction (C5).
+    fn run(&mut self) -> Result<()>;
+    /// The floating-point operations that the factored path needs: its products, and no elementwise pass.
+    ///
+    /// # Errors
+    ///
+    /// An input that does not fit (C1).
+    fn flops(&self) -> Result<usize>;
+}
+
+/// A layer at one input and cotangent.
+pub(crate) struct StepOf<O: Operator, T: Scalar> {
+    layer: Layer<O, T>,
+    x: O::Input<'static, T>,
+    dy: ArrayD<T>,
+    gradients: Option<Gradients<T>>,
+    updates: usize,
+}
+
+impl<O: Operator, T: Scalar> StepOf<O, T> {
+    pub fn new(layer: Layer<O, T>, x: O::Input<'static, T>, dy: ArrayD<T>) -> Self {
+        Self { layer, x, dy, gradients: None, updates: 0 }
+    }
+}
+
+impl<O: Operator, T: Scalar> TrainingStep for StepOf<O, T> {
+    fn update(&mut self) {
+        self.updates += 1;
+        // There and back, so that however many steps leave the numbers in their range.
+        let factor = T::from_f64(if self.updates.is_multiple_of(2) { 1.0 / 1.001 } else { 1.001 });
+        for (_, mut values) in self.layer.adapter_mut() {
+            values.mapv_inplace(|value| value * factor);
+        }
+    }
+
+    fn run(&mut self) -> Result<()> {
+        let (_y, cache) = self.layer.forward(O::lend(&self.x), None)?;
+        self.gradients = Some(self.layer.backward(cache, self.dy.view(), RequiresGrad::default())?);
+        Ok(())
+    }
+
+    fn flops(&self) -> Result<usize> {
+        let operator = self.layer.operator();
+        let outputs: usize = operator.output_shape(&self.x)?.iter().product();
+        let (units, fan_in, rank) = (operator.units(), operator.fan_in(), self.layer.adapter().rank());
+        let (places, per_group) = (outputs / units, rank / operator.groups());
+        // A lookup multiplies nothing.
+        let is_product = usize::from(self.x.values().is_some());
+        let base = 2 * is_product * places * units * fan_in; // forward, dx
+        let pair = 3 * is_product * places * rank * fan_in; // forward, dx, dA
+        let mixing = 3 * places * units * per_group; // forward, S, T
+        let norms = units * fan_in * per_group;
+        Ok(2 * (base + pair + mixing + norms))
+    }
+}
