@@ -12,6 +12,7 @@
 
 use crate::Scalar;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use rayon::prelude::*;
 
 /// From this many floating-point operations on, work is spread over the threads of rayon:
 /// below it, waking them costs more than they bring.
@@ -67,6 +68,23 @@ pub fn product_into_on_this_thread<T: Scalar>(
     dispatch(scale, a, b, accumulate, c, false);
 }
 
+/// Runs tasks that multiply, in parallel, and returns what they return in their order. `scratch` makes what a thread
+/// needs for one task after the other.
+///
+/// OpenBLAS has threads of its own: with it the tasks run one after the other.
+pub(crate) fn run_tasks<I: Send, S, R: Send>(
+    tasks: Vec<I>,
+    scratch: impl Fn() -> S + Send + Sync,
+    run: impl Fn(&mut S, I) -> R + Send + Sync,
+) -> Vec<R> {
+    if cfg!(feature = "openblas") {
+        let mut scratch = scratch();
+        tasks.into_iter().map(|task| run(&mut scratch, task)).collect()
+    } else {
+        tasks.into_par_iter().map_init(scratch, run).collect()
+    }
+}
+
 fn dispatch<T: Scalar>(
     scale: T,
     a: ArrayView2<'_, T>,
@@ -96,30 +114,80 @@ mod backend {
     use faer::{Accum, Par, linalg::matmul::matmul};
     use faer_ext::IntoFaer;
     use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix2, Slice};
+    use rayon::prelude::*;
 
     /// Columns this many bytes apart, or a multiple, meet in the same few lines of a cache.
     const PAGE: usize = 4096;
 
+    /// A product with no more rows or columns than this is cut into blocks, one a task: waking faer's threads for it takes
+    /// longer.
+    const NARROW: usize = 256;
+    /// Rows or columns of such a block.
+    const BLOCK: usize = 128;
+    /// Terms of a sum that one task adds up, where a product is small and its sums are long.
+    const TERMS: usize = 2048;
+    /// faer multiplies into a wide destination up to an eighth more slowly than into this many columns at a time.
+    const PANEL: usize = 512;
+
+    /// How the work of a product is divided depends on its dimensions alone, and so do results: never on the number of
+    /// threads.
     pub(super) fn product_into<T: Scalar>(
         scale: T,
         a: ArrayView2<'_, T>,
         b: ArrayView2<'_, T>,
         accumulate: Accumulate,
-        c: ArrayViewMut2<'_, T>,
+        mut c: ArrayViewMut2<'_, T>,
         parallel: bool,
     ) {
-        let (rows, columns) = c.dim();
-        // A product with one row or one column is split along the sum by faer, into as many parts as
-        // there are threads: kept sequential, so that results do not depend on their number.
-        let parallel = parallel && rows > 1 && columns > 1 && 2 * rows * columns * a.ncols() >= PARALLEL_FLOPS;
-        let par = if parallel { Par::rayon(0) } else { Par::Seq };
+        let (rows, columns, terms) = (c.nrows(), c.ncols(), a.ncols());
+        if !parallel || 2 * rows * columns * terms < PARALLEL_FLOPS {
+            multiply(scale, a, b, accumulate, c, Par::Seq);
+        } else if terms >= 2 * TERMS && terms >= 32 * rows.max(columns) {
+            let starts: Vec<usize> = (0..terms).step_by(TERMS).collect();
+            let part = |start: usize| {
+                let terms = Slice::from(start..(start + TERMS).min(terms));
+                let mut part = Array2::zeros((rows, columns));
+                let (a, b) = (a.slice_axis(Axis(1), terms), b.slice_axis(Axis(0), terms));
+                multiply(scale, a, b, Accumulate::Replace, part.view_mut(), Par::Seq);
+                part
+            };
+            let parts: Vec<Array2<T>> = starts.into_par_iter().map(part).collect();
+            if accumulate == Accumulate::Replace {
+                c.fill(T::zero());
+            }
+            parts.iter().for_each(|part| c += part);
+        } else if rows.min(columns) <= NARROW && rows <= columns {
+            c.axis_chunks_iter_mut(Axis(1), BLOCK).into_par_iter().enumerate().for_each(|(nth, block)| {
+                let b = b.slice_axis(Axis(1), Slice::from(nth * BLOCK..nth * BLOCK + block.ncols()));
+                multiply(scale, a, b, accumulate, block, Par::Seq);
+            });
+        } else if rows.min(columns) <= NARROW {
+            c.axis_chunks_iter_mut(Axis(0), BLOCK).into_par_iter().enumerate().for_each(|(nth, block)| {
+                let a = a.slice_axis(Axis(0), Slice::from(nth * BLOCK..nth * BLOCK + block.nrows()));
+                multiply(scale, a, b, accumulate, block, Par::Seq);
+            });
+        } else {
+            let a = without_aliasing(a);
+            for (nth, panel) in c.axis_chunks_iter_mut(Axis(1), PANEL).enumerate() {
+                let b = b.slice_axis(Axis(1), Slice::from(nth * PANEL..nth * PANEL + panel.ncols()));
+                multiply(scale, a.view(), b, accumulate, panel, Par::rayon(0));
+            }
+        }
+    }
+
+    fn multiply<T: Scalar>(
+        scale: T,
+        a: ArrayView2<'_, T>,
+        b: ArrayView2<'_, T>,
+        accumulate: Accumulate,
+        c: ArrayViewMut2<'_, T>,
+        par: Par,
+    ) {
         let accum = match accumulate {
             Accumulate::Replace => Accum::Replace,
             Accumulate::Add => Accum::Add,
         };
-        // Where b is narrow the copy costs more than it brings.
-        let a = if parallel && columns * size_of::<T>() >= PAGE { without_aliasing(a) } else { a.into() };
-        matmul(c.into_faer(), accum, a.view().into_faer(), b.into_faer(), scale, par);
+        matmul(c.into_faer(), accum, a.into_faer(), b.into_faer(), scale, par);
     }
 
     /// Columns that lie contiguous are read by faer where they lie: copied to where they do not meet in the cache, which

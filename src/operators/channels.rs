@@ -1,147 +1,280 @@
 //! What is done to outputs `[outer, units, inner]` channel by channel: scaling, sums, and the mixing of
 //! `rank` channels into `units`, `Z[o, i, p] = sum_k B[i, k] U[o, k, p]`. SPEC.md, section 3.
+//!
+//! All of it runs over blocks of outer and inner positions, few enough to stay in the cache from one thing that is done
+//! to them to the next.
 
 use super::group_slice;
 use crate::Scalar;
-use crate::matmul::{Accumulate, product_into};
-use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut3, Axis, Slice, Zip};
-use rayon::prelude::*;
+use crate::matmul::{Accumulate, product_into_on_this_thread, run_tasks};
+use ndarray::{
+    Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, Slice, Zip,
+};
 
 /// Elementwise passes over at least this many elements are spread over threads.
 pub const PARALLEL_ELEMENTS: usize = 1 << 16;
-/// Rows a thread sums in one go. Fixed, so that sums do not depend on the number of threads.
-const ROWS: usize = 64;
+/// Outer positions of a block where there is one inner position, and inner positions of one outer position elsewhere.
+const BLOCK: [usize; 2] = [64, 1024];
+/// A sum over all blocks is taken in at most this many parts, which are added up in order: it does not depend on the
+/// number of threads, and needs no more memory for more blocks.
+const PARTS: usize = 32;
 
-/// `y[o, i, p] = scale[i] y[o, i, p] + shift[i]`, without the shift where there is none.
-pub(crate) fn scale_channels<T: Scalar>(
-    mut y: ArrayViewMut3<'_, T>,
-    scale: ArrayView1<'_, T>,
-    shift: Option<ArrayView1<'_, T>>,
-) {
-    let parallel = y.len() >= PARALLEL_ELEMENTS;
-    let one = |mut slab: ndarray::ArrayViewMut2<'_, T>| {
-        if slab.ncols() == 1 {
-            let mut row = slab.column_mut(0);
-            match shift {
-                Some(shift) => Zip::from(&mut row).and(scale).and(shift).for_each(|y, &g, &b| *y = g * *y + b),
-                None => Zip::from(&mut row).and(scale).for_each(|y, &g| *y *= g),
-            }
-        } else {
-            for (i, mut channel) in slab.outer_iter_mut().enumerate() {
-                let (g, b) = (scale[i], shift.map_or(T::zero(), |shift| shift[i]));
-                channel.map_inplace(|y| *y = g * *y + b);
-            }
-        }
-    };
-    if parallel {
-        y.axis_iter_mut(Axis(0)).into_par_iter().for_each(one);
+/// Outer and inner positions of a block.
+fn block(inner: usize) -> [usize; 2] {
+    if inner == 1 { [BLOCK[0], 1] } else { [1, BLOCK[1]] }
+}
+
+fn blocks<T>(a: ArrayView3<'_, T>) -> impl Iterator<Item = ArrayView3<'_, T>> {
+    let (outer, _, inner) = a.dim();
+    let [rows, columns] = block(inner);
+    let starts = (0..outer).step_by(rows).flat_map(move |o| (0..inner).step_by(columns).map(move |i| (o, i)));
+    starts.map(move |(o, i)| {
+        let of_rows = a.slice_axis_move(Axis(0), Slice::from(o..(o + rows).min(outer)));
+        of_rows.slice_axis_move(Axis(2), Slice::from(i..(i + columns).min(inner)))
+    })
+}
+
+fn blocks_mut<T>(a: ArrayViewMut3<'_, T>) -> impl Iterator<Item = ArrayViewMut3<'_, T>> {
+    let [rows, columns] = block(a.len_of(Axis(2)));
+    a.into_axis_chunks_iter_mut(Axis(0), rows)
+        .flat_map(move |of_rows| of_rows.into_axis_chunks_iter_mut(Axis(2), columns))
+}
+
+/// Does something to every block of so many elements, in parallel where that pays.
+fn for_each<I: Send>(elements: usize, blocks: impl Iterator<Item = I>, run: impl Fn(I) + Send + Sync) {
+    if elements < PARALLEL_ELEMENTS {
+        blocks.for_each(run);
     } else {
-        y.outer_iter_mut().for_each(one);
+        run_tasks(blocks.collect(), || (), |(), block| run(block));
     }
 }
 
-/// `sum over o, p of a[o, i, p] b[o, i, p]` for every channel i: `[units]`.
-pub(crate) fn channel_products<T: Scalar>(a: ArrayView3<'_, T>, b: ArrayView3<'_, T>) -> Array1<T> {
-    sum_in_chunks(a, |chunk, start, sums| {
-        let b = b.slice_axis(Axis(0), Slice::from(start..start + chunk.len_of(Axis(0))));
-        for (a, b) in chunk.outer_iter().zip(b.outer_iter()) {
-            if a.ncols() == 1 {
-                Zip::from(&mut *sums).and(a.column(0)).and(b.column(0)).for_each(|sum, &a, &b| *sum += a * b);
-            } else {
-                Zip::from(&mut *sums).and(a.rows()).and(b.rows()).for_each(|sum, a, b| *sum += a.dot(&b));
-            }
-        }
-    })
-}
-
-/// `sum over o, p of a[o, i, p]` for every channel i: `[units]`.
-pub(crate) fn channel_sums<T: Scalar>(a: ArrayView3<'_, T>) -> Array1<T> {
-    sum_in_chunks(a, |chunk, _, sums| {
-        for a in chunk.outer_iter() {
-            Zip::from(&mut *sums).and(a.rows()).for_each(|sum, a| *sum += a.sum());
-        }
-    })
-}
-
-/// Sums over chunks of [`ROWS`] outer positions, in parallel where that pays, added up in order.
-fn sum_in_chunks<T: Scalar>(
-    a: ArrayView3<'_, T>,
-    add: impl Fn(ArrayView3<'_, T>, usize, &mut Array1<T>) + Sync,
-) -> Array1<T> {
-    let units = a.len_of(Axis(1));
-    let chunk_sums = |index: usize, chunk: ArrayView3<'_, T>| {
-        let mut sums = Array1::zeros(units);
-        add(chunk, index * ROWS, &mut sums);
-        sums
+/// A sum over all blocks of so many elements, in parallel where that pays: every part starts with `zero`.
+fn sum<I: Send, S: Send>(
+    elements: usize,
+    blocks: impl Iterator<Item = I>,
+    zero: impl Fn() -> S + Send + Sync,
+    add: impl Fn(&mut S, I) + Send + Sync,
+    join: impl Fn(&mut S, S),
+) -> S {
+    let mut blocks: Vec<I> = blocks.collect();
+    let of_a_part = blocks.len().div_ceil(PARTS).max(1);
+    let mut parts = Vec::with_capacity(PARTS);
+    while !blocks.is_empty() {
+        let rest = blocks.split_off(of_a_part.min(blocks.len()));
+        parts.push(std::mem::replace(&mut blocks, rest));
+    }
+    let of_part = |part: Vec<I>| {
+        let mut sum = zero();
+        part.into_iter().for_each(|block| add(&mut sum, block));
+        sum
     };
-    let chunks = a.axis_chunks_iter(Axis(0), ROWS);
-    let partial: Vec<Array1<T>> = if a.len() >= PARALLEL_ELEMENTS {
-        chunks.into_par_iter().enumerate().map(|(index, chunk)| chunk_sums(index, chunk)).collect()
+    let sums: Vec<S> = if elements < PARALLEL_ELEMENTS {
+        parts.into_iter().map(of_part).collect()
     } else {
-        chunks.into_iter().enumerate().map(|(index, chunk)| chunk_sums(index, chunk)).collect()
+        run_tasks(parts, || (), |(), part| of_part(part))
     };
-    partial.iter().fold(Array1::zeros(units), |sum, part| sum + part)
+    sums.into_iter().fold(zero(), |mut sum, part| {
+        join(&mut sum, part);
+        sum
+    })
 }
 
-/// `y[o, i, p] += sum_k b[i, k] u[o, k, p]`, k running over the ranks of the group of i. E5.
+/// A block as a matrix: `[outer, units]` where there is one inner position, `[units, inner]` of its one outer position
+/// elsewhere.
+fn matrix<T>(block: ArrayView3<'_, T>) -> ArrayView2<'_, T> {
+    if block.len_of(Axis(2)) == 1 { block.index_axis_move(Axis(2), 0) } else { block.index_axis_move(Axis(0), 0) }
+}
+
+fn matrix_mut<T>(block: ArrayViewMut3<'_, T>) -> ArrayViewMut2<'_, T> {
+    if block.len_of(Axis(2)) == 1 { block.index_axis_move(Axis(2), 0) } else { block.index_axis_move(Axis(0), 0) }
+}
+
+/// `scale[i] p[o, i, q]`
+pub(crate) fn scaled<T: Scalar>(p: ArrayView3<'_, T>, scale: ArrayView1<'_, T>) -> Array3<T> {
+    let mut y = Array3::zeros(p.dim());
+    let blocks = blocks_mut(y.view_mut()).zip(blocks(p));
+    for_each(p.len(), blocks, |(y, p)| scale_block(y, p, scale, None));
+    y
+}
+
+/// `y[o, i, q] = scale[i] p[o, i, q] + shift[i] + sum_k b[i, k] u[o, k, q]`, without the shift where there is none, k
+/// running over the ranks of the group of i. E5.
 ///
-/// y `[outer, units, inner]`, b `[units, rank / groups]`, u `[outer, rank, inner]`.
-pub(crate) fn mix_into<T: Scalar>(
-    mut y: ArrayViewMut3<'_, T>,
+/// p and y `[outer, units, inner]`, b `[units, rank / groups]`, u `[outer, rank, inner]`.
+pub(crate) fn scale_and_mix<T: Scalar>(
+    p: ArrayView3<'_, T>,
+    scale: ArrayView1<'_, T>,
+    shift: Option<ArrayView1<'_, T>>,
     b: ArrayView2<'_, T>,
     u: ArrayView3<'_, T>,
     groups: usize,
-) {
-    for q in 0..groups {
-        let (units, ranks) = (group_slice(q, groups, b.nrows()), group_slice(q, groups, u.len_of(Axis(1))));
-        let (b, u) = (b.slice_axis(Axis(0), units), u.slice_axis(Axis(1), ranks));
-        let mut y = y.slice_axis_mut(Axis(1), units);
-        if y.len_of(Axis(2)) == 1 {
-            product_into(T::one(), u.index_axis(Axis(2), 0), b.t(), Accumulate::Add, y.index_axis_mut(Axis(2), 0));
-        } else {
-            for (y, u) in y.outer_iter_mut().zip(u.outer_iter()) {
-                product_into(T::one(), b, u, Accumulate::Add, y);
-            }
-        }
-    }
+) -> Array3<T> {
+    let mut y = Array3::zeros(p.dim());
+    let blocks = blocks_mut(y.view_mut()).zip(blocks(p)).zip(blocks(u));
+    for_each(p.len(), blocks, |((mut y, p), u)| {
+        scale_block(y.view_mut(), p, scale, shift);
+        mix_block(y, b, u, groups);
+    });
+    y
 }
 
-/// The adjoint of u -> mix(b, u): `t[o, k, p] = sum_i b[i, k] dy[o, i, p]`: `[outer, rank, inner]`. E6.
+/// `y += mix(b, u)`: see [`scale_and_mix`]. E5.
+pub(crate) fn mix_into<T: Scalar>(y: ArrayViewMut3<'_, T>, b: ArrayView2<'_, T>, u: ArrayView3<'_, T>, groups: usize) {
+    let elements = y.len();
+    for_each(elements, blocks_mut(y).zip(blocks(u)), |(y, u)| mix_block(y, b, u, groups));
+}
+
+/// `sum over o, q of a[o, i, q] b[o, i, q]` for every channel i: `[units]`.
+pub(crate) fn channel_products<T: Scalar>(a: ArrayView3<'_, T>, b: ArrayView3<'_, T>) -> Array1<T> {
+    let zero = || Array1::zeros(a.len_of(Axis(1)));
+    let add = |sums: &mut Array1<T>, (a, b)| add_products(sums, a, b);
+    sum(a.len(), blocks(a).zip(blocks(b)), zero, add, |sums, part| *sums += &part)
+}
+
+/// `sum over o, q of a[o, i, q]` for every channel i: `[units]`.
+pub(crate) fn channel_sums<T: Scalar>(a: ArrayView3<'_, T>) -> Array1<T> {
+    let zero = || Array1::zeros(a.len_of(Axis(1)));
+    let add = |sums: &mut Array1<T>, a: ArrayView3<'_, T>| {
+        for a in a.outer_iter() {
+            Zip::from(&mut *sums).and(a.rows()).for_each(|sum, a| *sum += a.sum());
+        }
+    };
+    sum(a.len(), blocks(a), zero, add, |sums, part| *sums += &part)
+}
+
+/// What a cotangent dy of outputs is contracted with, in one walk over it.
+pub(crate) struct Contracted<T> {
+    /// `sum over o, q of dy[o, i, q] p[o, i, q]`: `[units]`
+    pub products: Array1<T>,
+    /// The adjoint of b -> mix(b, u): see [`mix_adjoint_weight`].
+    pub weight: Array2<T>,
+    /// The adjoint of u -> mix(b, u): see [`mix_adjoint_input`].
+    pub input: Array3<T>,
+}
+
+/// [`channel_products`] of dy and p, [`mix_adjoint_weight`] of dy and u, [`mix_adjoint_input`] of b and dy.
+pub(crate) fn contract<T: Scalar>(
+    dy: ArrayView3<'_, T>,
+    p: ArrayView3<'_, T>,
+    u: ArrayView3<'_, T>,
+    b: ArrayView2<'_, T>,
+    groups: usize,
+) -> Contracted<T> {
+    let mut input = Array3::zeros(u.dim());
+    let all = blocks_mut(input.view_mut()).zip(blocks(dy)).zip(blocks(p)).zip(blocks(u));
+    let zero = || (Array1::zeros(b.nrows()), Array2::zeros(b.dim()));
+    let add = |(products, weight): &mut (Array1<T>, Array2<T>), (((input, dy), p), u)| {
+        add_products(products, dy, p);
+        add_mix_adjoint_weight(weight.view_mut(), dy, u, groups);
+        mix_adjoint_input_block(input, b, dy, groups);
+    };
+    let (products, weight) = sum(dy.len(), all, zero, add, |(products, weight), part| {
+        *products += &part.0;
+        *weight += &part.1;
+    });
+    Contracted { products, weight, input }
+}
+
+/// The adjoint of u -> mix(b, u): `t[o, k, q] = sum_i b[i, k] dy[o, i, q]`: `[outer, rank, inner]`. E6.
 pub(crate) fn mix_adjoint_input<T: Scalar>(b: ArrayView2<'_, T>, dy: ArrayView3<'_, T>, groups: usize) -> Array3<T> {
     let (outer, _, inner) = dy.dim();
-    let rank = b.ncols() * groups;
-    let mut t = Array3::zeros((outer, rank, inner));
-    for q in 0..groups {
-        let (units, ranks) = (group_slice(q, groups, b.nrows()), group_slice(q, groups, rank));
-        let (b, dy) = (b.slice_axis(Axis(0), units), dy.slice_axis(Axis(1), units));
-        let mut t = t.slice_axis_mut(Axis(1), ranks);
-        if inner == 1 {
-            product_into(T::one(), dy.index_axis(Axis(2), 0), b, Accumulate::Add, t.index_axis_mut(Axis(2), 0));
-        } else {
-            for (t, dy) in t.outer_iter_mut().zip(dy.outer_iter()) {
-                product_into(T::one(), b.t(), dy, Accumulate::Add, t);
-            }
-        }
-    }
+    let mut t = Array3::zeros((outer, b.ncols() * groups, inner));
+    let all = blocks_mut(t.view_mut()).zip(blocks(dy));
+    for_each(dy.len(), all, |(t, dy)| mix_adjoint_input_block(t, b, dy, groups));
     t
 }
 
-/// The adjoint of b -> mix(b, u): `s[i, k] = sum over o, p of dy[o, i, p] u[o, k, p]`: `[units, rank / groups]`. E7.
+/// The adjoint of b -> mix(b, u): `s[i, k] = sum over o, q of dy[o, i, q] u[o, k, q]`: `[units, rank / groups]`. E7.
 pub(crate) fn mix_adjoint_weight<T: Scalar>(dy: ArrayView3<'_, T>, u: ArrayView3<'_, T>, groups: usize) -> Array2<T> {
-    let (_, total_units, inner) = dy.dim();
-    let rank = u.len_of(Axis(1));
-    let mut sums = Array2::zeros((total_units, rank / groups));
-    for q in 0..groups {
-        let (units, ranks) = (group_slice(q, groups, total_units), group_slice(q, groups, rank));
-        let (dy, u) = (dy.slice_axis(Axis(1), units), u.slice_axis(Axis(1), ranks));
-        let mut sums = sums.slice_axis_mut(Axis(0), units);
-        if inner == 1 {
-            product_into(T::one(), dy.index_axis(Axis(2), 0).t(), u.index_axis(Axis(2), 0), Accumulate::Add, sums);
-        } else {
-            for (dy, u) in dy.outer_iter().zip(u.outer_iter()) {
-                product_into(T::one(), dy, u.t(), Accumulate::Add, sums.view_mut());
+    let zero = || Array2::zeros((dy.len_of(Axis(1)), u.len_of(Axis(1)) / groups));
+    let add = |sums: &mut Array2<T>, (dy, u)| add_mix_adjoint_weight(sums.view_mut(), dy, u, groups);
+    sum(dy.len(), blocks(dy).zip(blocks(u)), zero, add, |sums, part| *sums += &part)
+}
+
+fn scale_block<T: Scalar>(
+    y: ArrayViewMut3<'_, T>,
+    p: ArrayView3<'_, T>,
+    scale: ArrayView1<'_, T>,
+    shift: Option<ArrayView1<'_, T>>,
+) {
+    let channels_in_rows = y.len_of(Axis(2)) == 1;
+    let (mut y, p) = (matrix_mut(y), matrix(p));
+    for (i, (mut y, p)) in y.outer_iter_mut().zip(p.outer_iter()).enumerate() {
+        if channels_in_rows {
+            match shift {
+                Some(shift) => {
+                    Zip::from(&mut y).and(p).and(scale).and(shift).for_each(|y, &p, &g, &b| *y = g * p + b);
+                }
+                None => Zip::from(&mut y).and(p).and(scale).for_each(|y, &p, &g| *y = g * p),
             }
+        } else {
+            let (g, b) = (scale[i], shift.map_or(T::zero(), |shift| shift[i]));
+            Zip::from(&mut y).and(p).for_each(|y, &p| *y = g * p + b);
         }
     }
-    sums
+}
+
+fn add_products<T: Scalar>(sums: &mut Array1<T>, a: ArrayView3<'_, T>, b: ArrayView3<'_, T>) {
+    let channels_in_rows = a.len_of(Axis(2)) == 1;
+    let (a, b) = (matrix(a), matrix(b));
+    if channels_in_rows {
+        for (a, b) in a.outer_iter().zip(b.outer_iter()) {
+            Zip::from(&mut *sums).and(a).and(b).for_each(|sum, &a, &b| *sum += a * b);
+        }
+    } else {
+        Zip::from(sums).and(a.rows()).and(b.rows()).for_each(|sum, a, b| *sum += a.dot(&b));
+    }
+}
+
+fn mix_block<T: Scalar>(y: ArrayViewMut3<'_, T>, b: ArrayView2<'_, T>, u: ArrayView3<'_, T>, groups: usize) {
+    let (channels, in_rows) = channel_axis(&u);
+    let (mut y, u) = (matrix_mut(y), matrix(u));
+    for q in 0..groups {
+        let (units, ranks) = (group_slice(q, groups, b.nrows()), group_slice(q, groups, u.len_of(channels)));
+        let (b, u) = (b.slice_axis(Axis(0), units), u.slice_axis(channels, ranks));
+        let y = y.slice_axis_mut(channels, units);
+        let (left, right) = if in_rows { (u, b.t()) } else { (b, u) };
+        product_into_on_this_thread(T::one(), left, right, Accumulate::Add, y);
+    }
+}
+
+fn mix_adjoint_input_block<T: Scalar>(
+    t: ArrayViewMut3<'_, T>,
+    b: ArrayView2<'_, T>,
+    dy: ArrayView3<'_, T>,
+    groups: usize,
+) {
+    let (channels, in_rows) = channel_axis(&dy);
+    let (mut t, dy) = (matrix_mut(t), matrix(dy));
+    for q in 0..groups {
+        let (units, ranks) = (group_slice(q, groups, b.nrows()), group_slice(q, groups, t.len_of(channels)));
+        let (b, dy) = (b.slice_axis(Axis(0), units), dy.slice_axis(channels, units));
+        let t = t.slice_axis_mut(channels, ranks);
+        let (left, right) = if in_rows { (dy, b) } else { (b.reversed_axes(), dy) };
+        product_into_on_this_thread(T::one(), left, right, Accumulate::Replace, t);
+    }
+}
+
+fn add_mix_adjoint_weight<T: Scalar>(
+    mut sums: ArrayViewMut2<'_, T>,
+    dy: ArrayView3<'_, T>,
+    u: ArrayView3<'_, T>,
+    groups: usize,
+) {
+    let (channels, in_rows) = channel_axis(&dy);
+    let (dy, u) = (matrix(dy), matrix(u));
+    for q in 0..groups {
+        let (units, ranks) = (group_slice(q, groups, sums.nrows()), group_slice(q, groups, u.len_of(channels)));
+        let (dy, u) = (dy.slice_axis(channels, units), u.slice_axis(channels, ranks));
+        let sums = sums.slice_axis_mut(Axis(0), units);
+        let (left, right) = if in_rows { (dy.reversed_axes(), u) } else { (dy, u.reversed_axes()) };
+        product_into_on_this_thread(T::one(), left, right, Accumulate::Add, sums);
+    }
+}
+
+/// Which axis of a block as a matrix runs over its channels, and whether that is a row.
+fn channel_axis<T>(block: &ArrayView3<'_, T>) -> (Axis, bool) {
+    let in_rows = block.len_of(Axis(2)) == 1;
+    (Axis(usize::from(in_rows)), in_rows)
 }

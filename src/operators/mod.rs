@@ -11,7 +11,8 @@ mod linear;
 mod unfold;
 
 pub(crate) use channels::{
-    PARALLEL_ELEMENTS, channel_products, channel_sums, mix_adjoint_input, mix_adjoint_weight, mix_into, scale_channels,
+    Contracted, PARALLEL_ELEMENTS, channel_products, channel_sums, contract, mix_adjoint_input, mix_adjoint_weight,
+    mix_into, scale_and_mix, scaled,
 };
 pub use conv::{Conv, Conv1d, Conv2d, Conv3d, ConvSettings, Extents, Padding, PaddingWord};
 pub use embedding::{Embedding, EmbeddingSettings, Ids};

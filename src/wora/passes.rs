@@ -6,8 +6,7 @@ use super::direction::Direction;
 use super::{Adapter, Layer, Method, NormAxis, NormGradient};
 use crate::error::check_shape;
 use crate::operators::{
-    Input, Operator, channel_products, channel_sums, in_standard_layout, mix_adjoint_input, mix_adjoint_weight,
-    mix_into, scale_channels,
+    Contracted, Input, Operator, channel_sums, contract, in_standard_layout, scale_and_mix, scaled,
 };
 use crate::{Error, Result, Scalar};
 use ndarray::{Array1, Array2, Array3, ArrayD, ArrayView1, ArrayView3, ArrayViewD, Axis, CowArray, Ix3, IxDyn};
@@ -161,10 +160,10 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
 
         let gain_out = gain_out.map_or_else(|| Array1::ones(self.operator.units()), |gain| gain.to_owned());
         let bias = self.base.bias.as_ref().map(|bias| bias.view().into_dimensionality().expect("[units]"));
-        let mut y = base_output.clone();
-        scale_channels(y.view_mut(), (&gain_out * beta).view(), bias); // E17
+        let scale = &gain_out * beta;
         let b = &self.b() * &(&gain_out * gamma).insert_axis(Axis(1));
-        mix_into(y.view_mut(), b.view(), lora_output.view(), self.operator.groups()); // E17
+        let groups = self.operator.groups();
+        let mut y = scale_and_mix(base_output.view(), scale.view(), bias, b.view(), lora_output.view(), groups); // E17
         if let Some((_, masked)) = &dropped {
             let kept = O::Input::from_values(&x.values().expect("values") - &masked.values().expect("values"));
             y += &self.operator.apply(&kept.expect("values"), &[self.weight()])[0]; // E17
@@ -204,25 +203,31 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         let (gain_in, gain_out) = self.split_gain(gain);
         let gain_out = gain_out.map_or_else(|| Array1::ones(self.operator.units()), |gain| gain.to_owned());
 
-        let p = channel_products(dy.view(), cache.base_output.view()); // E19
-        let s = mix_adjoint_weight(dy.view(), cache.lora_output.view(), groups); // E19
+        let gain_gamma = (&gain_out * gamma).insert_axis(Axis(1));
+        let b = &self.b() * &gain_gamma;
+        let Contracted { products: p, weight: s, input: t } =
+            contract(dy.view(), cache.base_output.view(), cache.lora_output.view(), b.view(), groups); // E19, E23
         let z = (&self.b() * &s).sum_axis(Axis(1)); // E19
         let mut dbeta = gain_out.dot(&p); // E20
         let mut dalpha = scaling * gain_out.dot(&z); // E21
-        let gain_gamma = (&gain_out * gamma).insert_axis(Axis(1));
         let mut db = &s * &gain_gamma; // E22
-        let t = mix_adjoint_input((&self.b() * &gain_gamma).view(), dy.view(), groups); // E23
         let mut da = self.operator.adjoint_weight(cache.u(), t.view()); // E24
-        let mut h_beta = dy.to_owned();
-        scale_channels(h_beta.view_mut(), (&gain_out * beta).view(), None); // E18
+        let scale = &gain_out * beta;
+        let h_beta = || scaled(dy.view(), scale.view()); // E18
 
         let du = (requires_grad.x || gain_in.is_some())
             .then(|| {
-                let pairs = [(h_beta.view(), self.weight()), (t.view(), self.a())];
-                self.operator.adjoint_input(cache.u(), &pairs) // E25
+                let of_pair = (t.view(), self.a());
+                // The gain is put on whichever is smaller.
+                if dy.len() <= self.base.weight.len() {
+                    self.operator.adjoint_input(cache.u(), &[(h_beta().view(), self.weight()), of_pair]) // E25
+                } else {
+                    let gained = &self.weight() * &scale.view().insert_axis(Axis(1));
+                    self.operator.adjoint_input(cache.u(), &[(dy.view(), gained.view()), of_pair]) // E25
+                }
             })
             .flatten();
-        let mut weight = requires_grad.weight.then(|| self.adjoint_weight(cache, dy.view(), h_beta.view()));
+        let mut weight = requires_grad.weight.then(|| self.adjoint_weight(cache, dy.view(), h_beta().view()));
 
         let mut magnitude = None;
         if let Some(direction) = &cache.direction {
