@@ -17,7 +17,7 @@ pub const PARALLEL_ELEMENTS: usize = 1 << 16;
 const BLOCK: [usize; 2] = [64, 1024];
 /// A sum over all blocks is taken in at most this many parts, which are added up in order: it does not depend on the
 /// number of threads, and needs no more memory for more blocks.
-const PARTS: usize = 32;
+const PARTS: usize = 16;
 
 /// Outer and inner positions of a block.
 fn block(inner: usize) -> [usize; 2] {
@@ -50,7 +50,7 @@ fn for_each<I: Send>(elements: usize, blocks: impl Iterator<Item = I>, run: impl
 }
 
 /// A sum over all blocks of so many elements, in parallel where that pays: every part starts with `zero`.
-fn sum<I: Send, S: Send>(
+pub(super) fn sum<I: Send, S: Send>(
     elements: usize,
     blocks: impl Iterator<Item = I>,
     zero: impl Fn() -> S + Send + Sync,

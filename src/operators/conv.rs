@@ -13,16 +13,11 @@
 //! # Ok::<(), woracle::Error>(())
 //! ```
 
-use super::unfold::{Geometry, PaddingMode, TILE, Windows};
-use super::{Operator, Term, group_slice, in_standard_layout};
-use crate::matmul::{Accumulate, product_into_on_this_thread};
+use super::unfold::{Geometry, PaddingMode, Windows};
+use super::{Operator, Term, in_standard_layout};
 use crate::{Error, Result, Scalar};
-use ndarray::{
-    Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut2, Axis, CowArray, Ix3, IxDyn, Slice,
-};
-use rayon::prelude::*;
+use ndarray::{Array2, ArrayD, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut3, ArrayViewMutD, CowArray, Ix3, IxDyn};
 use serde::{Deserialize, Serialize};
-use std::ops::Range;
 
 /// PyTorch's `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` without their bias: x `[batch, in, size...]` or
 /// `[in, size...]`, y `[batch, out, size...]` or `[out, size...]`.
@@ -188,14 +183,6 @@ impl<const N: usize> Conv<N> {
     }
 }
 
-/// Channels that one task of `adjoint_input` folds.
-const CHANNELS: usize = 16;
-
-/// Tiles of output positions.
-fn tiles(positions: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..positions).step_by(TILE).map(move |start| start..(start + TILE).min(positions))
-}
-
 impl<const N: usize> Operator for Conv<N> {
     type Input<'x, T: Scalar> = CowArray<'x, T, IxDyn>;
     type Settings = ConvSettings;
@@ -288,107 +275,34 @@ impl<const N: usize> Operator for Conv<N> {
         Ok(shape)
     }
 
-    fn apply<T: Scalar>(&self, x: &Self::Input<'_, T>, weights: &[ArrayView2<'_, T>]) -> Vec<Array3<T>> {
-        let windows = self.windows(x.shape());
-        let (images, positions) = (self.images(x), windows.positions());
-        let zeros = |weight: &ArrayView2<'_, T>| Array3::zeros((images.len_of(Axis(0)), weight.nrows(), positions));
-        let mut outputs: Vec<Array3<T>> = weights.iter().map(zeros).collect();
-
-        // One task a tile of an image: its part of every output.
-        let mut tasks: Vec<(usize, usize, Vec<ArrayViewMut2<'_, T>>)> = Vec::new();
-        for output in &mut outputs {
-            let mut task = 0;
-            for (image, output) in output.outer_iter_mut().enumerate() {
-                for (tile, output) in output.into_axis_chunks_iter_mut(Axis(1), TILE).enumerate() {
-                    if task == tasks.len() {
-                        tasks.push((image, tile * TILE, Vec::new()));
-                    }
-                    tasks[task].2.push(output);
-                    task += 1;
-                }
-            }
-        }
-        tasks.into_par_iter().for_each(|(image, start, mut outputs)| {
-            let image = images.index_axis(Axis(0), image);
-            let length = outputs.first().map_or(0, |output| output.ncols());
-            let mut columns = Array2::zeros((self.fan_in(), length));
-            for q in 0..self.groups {
-                let channels = group_slice(q, self.groups, self.in_channels);
-                windows.unfold(image.slice_axis(Axis(0), channels), start, columns.view_mut());
-                for (weight, output) in weights.iter().zip(&mut outputs) {
-                    let units = group_slice(q, self.groups, weight.nrows());
-                    let weight = weight.slice_axis(Axis(0), units);
-                    let output = output.slice_axis_mut(Axis(0), units);
-                    product_into_on_this_thread(T::one(), weight, columns.view(), Accumulate::Replace, output); // E46
-                }
-            }
-        });
-        outputs
+    fn places<T: Scalar>(&self, x: &Self::Input<'_, T>) -> [usize; 2] {
+        let images = if x.ndim() == N + 2 { x.shape()[0] } else { 1 };
+        [images, self.windows(x.shape()).positions()]
     }
 
-    fn adjoint_input<T: Scalar>(
+    fn apply_into<T: Scalar>(
+        &self,
+        x: &Self::Input<'_, T>,
+        weights: &[ArrayView2<'_, T>],
+        outputs: Vec<ArrayViewMut3<'_, T>>,
+    ) {
+        self.outputs(&self.windows(x.shape()), self.images(x).view(), weights, outputs); // E46
+    }
+
+    fn adjoint_input_into<T: Scalar>(
         &self,
         x: &Self::Input<'_, T>,
         pairs: &[(ArrayView3<'_, T>, ArrayView2<'_, T>)],
-    ) -> Option<ArrayD<T>> {
+        dx: ArrayViewMutD<'_, T>,
+    ) {
         let windows = self.windows(x.shape());
-        let images = self.images(x).len_of(Axis(0));
-        let per_group = self.in_channels / self.groups;
-        let mut dx = Array3::zeros((images, self.in_channels, windows.inputs()));
-
-        // One task a block of channels of an image, within a group: no two tasks fold into the same element.
-        let mut tasks: Vec<(usize, usize, Range<usize>, ArrayViewMut2<'_, T>)> = Vec::new();
-        for (image, dx) in dx.outer_iter_mut().enumerate() {
-            for (q, dx) in dx.into_axis_chunks_iter_mut(Axis(0), per_group).enumerate() {
-                for (block, dx) in dx.into_axis_chunks_iter_mut(Axis(0), CHANNELS).enumerate() {
-                    let first = block * CHANNELS;
-                    let columns = first * windows.kernel..(first + dx.nrows()) * windows.kernel;
-                    tasks.push((image, q, columns, dx));
-                }
-            }
-        }
-        tasks.into_par_iter().for_each(|(image, q, columns, mut dx)| {
-            for tile in tiles(windows.positions()) {
-                let mut gradient = Array2::zeros((columns.len(), tile.len()));
-                for (dy, weight) in pairs {
-                    let units = group_slice(q, self.groups, weight.nrows());
-                    let mut weight = weight.slice_axis(Axis(0), units);
-                    weight.slice_axis_inplace(Axis(1), Slice::from(columns.clone()));
-                    let mut dy = dy.index_axis(Axis(0), image);
-                    dy.slice_axis_inplace(Axis(0), units);
-                    dy.slice_axis_inplace(Axis(1), Slice::from(tile.clone()));
-                    product_into_on_this_thread(T::one(), weight.t(), dy, Accumulate::Add, gradient.view_mut()); // E47
-                }
-                windows.fold(gradient.view(), tile.start, dx.view_mut()); // E47
-            }
-        });
-        Some(dx.into_shape_with_order(x.shape()).expect("as many elements as x"))
+        let shape = (self.places(x)[0], self.in_channels, windows.inputs());
+        let dx = dx.into_shape_with_order(shape).expect("as many elements as x");
+        self.inputs(&windows, pairs, dx); // E47
     }
 
     fn adjoint_weight<T: Scalar>(&self, x: &Self::Input<'_, T>, dy: ArrayView3<'_, T>) -> Array2<T> {
-        let windows = self.windows(x.shape());
-        let images = self.images(x);
-        let units = dy.len_of(Axis(1));
-        let of_image = |(image, dy): (ArrayView2<'_, T>, ArrayView2<'_, T>)| {
-            let mut dw = Array2::zeros((units, self.fan_in()));
-            for tile in tiles(windows.positions()) {
-                let mut columns = Array2::zeros((self.fan_in(), tile.len()));
-                for q in 0..self.groups {
-                    let channels = group_slice(q, self.groups, self.in_channels);
-                    let units = group_slice(q, self.groups, units);
-                    windows.unfold(image.slice_axis(Axis(0), channels), tile.start, columns.view_mut());
-                    let mut dy = dy.slice_axis(Axis(0), units);
-                    dy.slice_axis_inplace(Axis(1), Slice::from(tile.clone()));
-                    let dw = dw.slice_axis_mut(Axis(0), units);
-                    product_into_on_this_thread(T::one(), dy, columns.t(), Accumulate::Add, dw); // E48
-                }
-            }
-            dw
-        };
-        // One partial sum an image, added up in order: the number of threads changes nothing.
-        let pairs = images.axis_iter(Axis(0)).into_par_iter().zip(dy.axis_iter(Axis(0)));
-        let partial: Vec<Array2<T>> = pairs.map(of_image).collect();
-        partial.iter().fold(Array2::zeros((units, self.fan_in())), |sum, part| sum + part)
+        self.weights(&self.windows(x.shape()), self.images(x).view(), dy) // E48
     }
 
     fn terms<T: Scalar>(&self, x: &Self::Input<'_, T>, mut visit: impl FnMut(Term)) {

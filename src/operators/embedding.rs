@@ -12,7 +12,7 @@
 
 use super::{Input, Operator, Term, in_standard_layout};
 use crate::{Error, Result, Scalar};
-use ndarray::{Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD, Axis, Ix2, Zip};
+use ndarray::{Array2, ArrayD, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut3, ArrayViewMutD, Axis, Ix2, Zip};
 use serde::{Deserialize, Serialize};
 
 /// PyTorch's `nn.Embedding`: ids of any shape, y `[..., embedding_dim]`.
@@ -167,20 +167,25 @@ impl Operator for Embedding {
         Ok(x.0.shape().iter().copied().chain([self.embedding_dim]).collect())
     }
 
-    fn apply<T: Scalar>(&self, x: &Ids, weights: &[ArrayView2<'_, T>]) -> Vec<Array3<T>> {
-        let scale = T::from_f64(self.embed_scale);
-        let look_up = |weight: &ArrayView2<'_, T>| {
-            let mut y = Array2::zeros((x.0.len(), weight.nrows()));
-            for (mut row, id) in y.outer_iter_mut().zip(self.columns(x)) {
-                Zip::from(&mut row).and(weight.column(id)).for_each(|y, &w| *y = scale * w); // E39
-            }
-            y.insert_axis(Axis(2))
-        };
-        weights.iter().map(look_up).collect()
+    fn places<T: Scalar>(&self, x: &Ids) -> [usize; 2] {
+        [x.0.len(), 1]
     }
 
-    fn adjoint_input<T: Scalar>(&self, _: &Ids, _: &[(ArrayView3<'_, T>, ArrayView2<'_, T>)]) -> Option<ArrayD<T>> {
-        None
+    fn apply_into<T: Scalar>(&self, x: &Ids, weights: &[ArrayView2<'_, T>], outputs: Vec<ArrayViewMut3<'_, T>>) {
+        let scale = T::from_f64(self.embed_scale);
+        for (weight, mut y) in weights.iter().zip(outputs) {
+            for (mut row, id) in y.index_axis_mut(Axis(2), 0).outer_iter_mut().zip(self.columns(x)) {
+                Zip::from(&mut row).and(weight.column(id)).for_each(|y, &w| *y = scale * w); // E39
+            }
+        }
+    }
+
+    fn adjoint_input_into<T: Scalar>(
+        &self,
+        _: &Ids,
+        _: &[(ArrayView3<'_, T>, ArrayView2<'_, T>)],
+        _: ArrayViewMutD<'_, T>,
+    ) {
     }
 
     fn adjoint_weight<T: Scalar>(&self, x: &Ids, dy: ArrayView3<'_, T>) -> Array2<T> {

@@ -13,7 +13,9 @@
 use super::{Input, Operator, Term, in_standard_layout};
 use crate::matmul::{Accumulate, product, product_into};
 use crate::{Error, Result, Scalar};
-use ndarray::{Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD, Axis, CowArray, Ix2, IxDyn};
+use ndarray::{
+    Array2, ArrayD, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut3, ArrayViewMutD, Axis, CowArray, Ix2, IxDyn,
+};
 use serde::{Deserialize, Serialize};
 
 /// PyTorch's `nn.Linear` without its bias: x `[..., in_features]`, y `[..., out_features]`.
@@ -116,23 +118,38 @@ impl Operator for Linear {
         Ok(shape)
     }
 
-    fn apply<T: Scalar>(&self, x: &Self::Input<'_, T>, weights: &[ArrayView2<'_, T>]) -> Vec<Array3<T>> {
-        let x = self.rows(x);
-        weights.iter().map(|weight| product(x.view(), weight.t()).insert_axis(Axis(2))).collect() // E2
+    fn places<T: Scalar>(&self, x: &Self::Input<'_, T>) -> [usize; 2] {
+        [x.len() / self.in_features, 1]
     }
 
-    fn adjoint_input<T: Scalar>(
+    fn apply_into<T: Scalar>(
+        &self,
+        x: &Self::Input<'_, T>,
+        weights: &[ArrayView2<'_, T>],
+        outputs: Vec<ArrayViewMut3<'_, T>>,
+    ) {
+        let x = self.rows(x);
+        for (weight, mut output) in weights.iter().zip(outputs) {
+            let output = output.index_axis_mut(Axis(2), 0);
+            product_into(T::one(), x.view(), weight.t(), Accumulate::Replace, output); // E2
+        }
+    }
+
+    fn adjoint_input_into<T: Scalar>(
         &self,
         x: &Self::Input<'_, T>,
         pairs: &[(ArrayView3<'_, T>, ArrayView2<'_, T>)],
-    ) -> Option<ArrayD<T>> {
-        let mut dx = Array2::zeros((x.len() / self.in_features, self.in_features));
+        dx: ArrayViewMutD<'_, T>,
+    ) {
+        let shape = (x.len() / self.in_features, self.in_features);
+        let mut dx = dx.into_shape_with_order(shape).expect("as many elements as x");
+        if pairs.is_empty() {
+            dx.fill(T::zero());
+        }
         for (nth, (dy, weight)) in pairs.iter().enumerate() {
-            // Fresh memory that is read before it is written costs several times as much.
             let accumulate = if nth == 0 { Accumulate::Replace } else { Accumulate::Add };
             product_into(T::one(), dy.index_axis(Axis(2), 0), *weight, accumulate, dx.view_mut()); // E3
         }
-        Some(dx.into_shape_with_order(x.shape()).expect("as many elements as x"))
     }
 
     fn adjoint_weight<T: Scalar>(&self, x: &Self::Input<'_, T>, dy: ArrayView3<'_, T>) -> Array2<T> {

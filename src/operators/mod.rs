@@ -8,6 +8,7 @@ mod channels;
 mod conv;
 mod embedding;
 mod linear;
+mod tiles;
 mod unfold;
 
 pub(crate) use channels::{
@@ -20,7 +21,9 @@ pub use linear::{Linear, LinearSettings};
 pub use unfold::PaddingMode;
 
 use crate::{Result, Scalar};
-use ndarray::{Array, Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD, Dimension, Slice};
+use ndarray::{
+    Array, Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut3, ArrayViewMutD, Dimension, Slice,
+};
 
 /// What an operator is applied to: floating-point values, or ids.
 pub trait Input<T>: Clone + Send + Sync {
@@ -95,17 +98,46 @@ pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
     ///
     /// If the operator cannot be applied to an input of this shape.
     fn output_shape<T: Scalar>(&self, x: &Self::Input<'_, T>) -> Result<Vec<usize>>;
-    /// `op(x, W)` for several weights `[units, fan_in]` in one walk over `x`: each `[outer, units, inner]`.
-    fn apply<T: Scalar>(&self, x: &Self::Input<'_, T>, weights: &[ArrayView2<'_, T>]) -> Vec<Array3<T>>;
-    /// The adjoint of `x -> op(x, W)`, summed over the pairs of dy `[outer, units, inner]` and
-    /// W `[units, fan_in]`: in the shape of `x`; `None` for ids.
+    /// How many outer and inner positions an output has.
+    fn places<T: Scalar>(&self, x: &Self::Input<'_, T>) -> [usize; 2];
+    /// `op(x, W)` for several weights `[units, fan_in]` in one walk over `x`, each into `[outer, units, inner]` in
+    /// standard layout, whatever it holds.
+    fn apply_into<T: Scalar>(
+        &self,
+        x: &Self::Input<'_, T>,
+        weights: &[ArrayView2<'_, T>],
+        outputs: Vec<ArrayViewMut3<'_, T>>,
+    );
+    /// The adjoint of `x -> op(x, W)`, summed over the pairs of dy `[outer, units, inner]` and W `[units, fan_in]`,
+    /// into dx in the shape of `x` and in standard layout, whatever it holds. Ids have none: nothing is done.
+    fn adjoint_input_into<T: Scalar>(
+        &self,
+        x: &Self::Input<'_, T>,
+        pairs: &[(ArrayView3<'_, T>, ArrayView2<'_, T>)],
+        dx: ArrayViewMutD<'_, T>,
+    );
+    /// The adjoint of `W -> op(x, W)` at dy `[outer, units, inner]`: `[units, fan_in]`.
+    fn adjoint_weight<T: Scalar>(&self, x: &Self::Input<'_, T>, dy: ArrayView3<'_, T>) -> Array2<T>;
+
+    /// [`Operator::apply_into`] fresh arrays.
+    fn apply<T: Scalar>(&self, x: &Self::Input<'_, T>, weights: &[ArrayView2<'_, T>]) -> Vec<Array3<T>> {
+        let [outer, inner] = self.places(x);
+        let zeros = |weight: &ArrayView2<'_, T>| Array3::zeros((outer, weight.nrows(), inner));
+        let mut outputs: Vec<_> = weights.iter().map(zeros).collect();
+        self.apply_into(x, weights, outputs.iter_mut().map(|output| output.view_mut()).collect());
+        outputs
+    }
+    /// [`Operator::adjoint_input_into`] a fresh array; `None` for ids.
     fn adjoint_input<T: Scalar>(
         &self,
         x: &Self::Input<'_, T>,
         pairs: &[(ArrayView3<'_, T>, ArrayView2<'_, T>)],
-    ) -> Option<ArrayD<T>>;
-    /// The adjoint of `W -> op(x, W)` at dy `[outer, units, inner]`: `[units, fan_in]`.
-    fn adjoint_weight<T: Scalar>(&self, x: &Self::Input<'_, T>, dy: ArrayView3<'_, T>) -> Array2<T>;
+    ) -> Option<ArrayD<T>> {
+        x.values()?;
+        let mut dx = ArrayD::zeros(x.shape());
+        self.adjoint_input_into(x, pairs, dx.view_mut());
+        Some(dx)
+    }
 
     /// The definition: how much of its gradient reaches each column of a weight that the operator is applied to,
     /// `[fan_in]`; `None` where all of it does. [`Operator::adjoint_weight`] has it in, and works it out by itself.

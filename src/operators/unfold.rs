@@ -4,7 +4,7 @@
 //! padding mode are one piece of code.
 
 use crate::Scalar;
-use ndarray::{ArrayView2, ArrayViewMut2, Axis};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, Slice};
 use std::ops::Range;
 
 /// Output positions in a tile: a tile of columns stays within the cache of a core.
@@ -205,26 +205,63 @@ impl<const N: usize> Windows<N> {
 
     /// The adjoint of unfold: `x[c, source(p, k)] += columns[c k, p]`. E45
     pub fn fold<T: Scalar>(&self, columns: ArrayView2<'_, T>, start: usize, mut x: ArrayViewMut2<'_, T>) {
-        let length = columns.ncols();
         for (row, column) in columns.axis_iter(Axis(0)).enumerate() {
             let mut x = x.index_axis_mut(Axis(0), row / self.kernel);
             let x = x.as_slice_mut().expect("standard layout");
-            let column = column.to_slice().expect("standard layout");
-            self.runs(row % self.kernel, start, length, |Run { at, line, sources, neighbours }| {
-                let Some(line) = line else { return };
-                let column = &column[at..at + sources.len()];
-                if !neighbours.is_empty() {
-                    let from = line + sources[neighbours.start];
-                    let into = &mut x[from..from + neighbours.len()];
-                    into.iter_mut().zip(&column[neighbours.clone()]).for_each(|(x, &column)| *x += column); // E45
-                }
-                for i in (0..neighbours.start).chain(neighbours.end..sources.len()) {
-                    if sources[i] != NOWHERE {
-                        x[line + sources[i]] += column[i]; // E45
-                    }
-                }
-            });
+            self.scatter(row % self.kernel, start, column.to_slice().expect("standard layout"), x); // E45
         }
+    }
+
+    /// The columns `X[c k, p] = x[c, source(p, k)]` of some output positions, in `scratch` unless they are x itself.
+    pub fn unfolded<'a, T: Scalar>(
+        &self,
+        x: ArrayView2<'a, T>,
+        positions: Range<usize>,
+        scratch: &'a mut Array2<T>,
+    ) -> ArrayView2<'a, T> {
+        if self.is_identity() {
+            return x.slice_axis_move(Axis(1), Slice::from(positions));
+        }
+        let mut columns = scratch.slice_axis_mut(Axis(1), Slice::from(0..positions.len()));
+        self.unfold(x, positions.start, columns.view_mut());
+        let columns: ArrayView2<'a, T> = scratch.view();
+        columns.slice_axis_move(Axis(1), Slice::from(0..positions.len()))
+    }
+
+    /// A kernel of one position without stride or padding reads every input where it is.
+    fn is_identity(&self) -> bool {
+        let plain = |axis: &Geometry| axis.kernel == 1 && axis.stride == 1 && axis.before + axis.after == 0;
+        self.axes.iter().all(plain)
+    }
+
+    /// A cotangent moved to where each kernel position reads: `rows[u k, i] = sum over p with source(p, k) = i of dy[u, p]`.
+    ///
+    /// dy `[rows, positions]`; `rows` `[rows * kernel, inputs]` in standard layout. E74
+    pub fn spread<T: Scalar>(&self, dy: ArrayView2<'_, T>, mut rows: ArrayViewMut2<'_, T>) {
+        rows.fill(T::zero());
+        for (row, mut into) in rows.axis_iter_mut(Axis(0)).enumerate() {
+            let dy = dy.index_axis(Axis(0), row / self.kernel);
+            let (dy, into) = (dy.to_slice().expect("contiguous rows"), into.as_slice_mut().expect("standard layout"));
+            self.scatter(row % self.kernel, 0, dy, into); // E74
+        }
+    }
+
+    /// `into[source(p, k)] += from[p]` for the output positions `start..` of kernel position k.
+    fn scatter<T: Scalar>(&self, k: usize, start: usize, from: &[T], into: &mut [T]) {
+        self.runs(k, start, from.len(), |Run { at, line, sources, neighbours }| {
+            let Some(line) = line else { return };
+            let from = &from[at..at + sources.len()];
+            if !neighbours.is_empty() {
+                let first = line + sources[neighbours.start];
+                let into = &mut into[first..first + neighbours.len()];
+                into.iter_mut().zip(&from[neighbours.clone()]).for_each(|(into, &from)| *into += from);
+            }
+            for i in (0..neighbours.start).chain(neighbours.end..sources.len()) {
+                if sources[i] != NOWHERE {
+                    into[line + sources[i]] += from[i];
+                }
+            }
+        });
     }
 
     /// Every pair of output position and input position that kernel position `k` joins, by the definition: a window

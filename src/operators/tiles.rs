@@ -1,0 +1,218 @@
+//! The three maps of a convolution, a tile of output positions at a time: `Y = W X`, `dx = fold(W^T dY)`,
+//! `dW = dY X^T`, X the unfolded input. SPEC.md, section 3.4.
+
+use super::channels::sum;
+use super::conv::Conv;
+use super::unfold::{TILE, Windows};
+use super::{Operator, group_slice};
+use crate::Scalar;
+use crate::matmul::{Accumulate, product_into_on_this_thread, run_tasks};
+use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, CowArray, Ix2, Slice, concatenate};
+use std::ops::Range;
+
+/// Channels that one task of `inputs` folds.
+const CHANNELS: usize = 16;
+/// A cotangent is spread over the input where it makes no more elements than this of one image.
+const SPREAD: usize = 1 << 19;
+
+fn tiles(positions: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..positions).step_by(TILE).map(move |start| start..(start + TILE).min(positions))
+}
+
+/// The rows of group q of several matrices, one below the other.
+fn stacked<'a, T: Scalar>(
+    matrices: impl Iterator<Item = ArrayView2<'a, T>>,
+    q: usize,
+    groups: usize,
+) -> CowArray<'a, T, Ix2> {
+    let of_group = |matrix: ArrayView2<'a, T>| {
+        let rows = group_slice(q, groups, matrix.nrows());
+        matrix.slice_axis_move(Axis(0), rows)
+    };
+    let parts: Vec<_> = matrices.map(of_group).collect();
+    match *parts.as_slice() {
+        [one] => one.into(),
+        _ => concatenate(Axis(0), &parts).expect("as many columns in each").into(),
+    }
+}
+
+/// Columns of a matrix.
+fn columns<T>(matrix: ArrayView2<'_, T>, columns: Range<usize>) -> ArrayView2<'_, T> {
+    matrix.slice_axis_move(Axis(1), Slice::from(columns))
+}
+
+fn columns_mut<T>(matrix: &mut Array2<T>, columns: Range<usize>) -> ArrayViewMut2<'_, T> {
+    matrix.slice_axis_mut(Axis(1), Slice::from(columns))
+}
+
+impl<const N: usize> Conv<N> {
+    /// The channels of group q of an image.
+    fn of_group<'a, T>(&self, image: ArrayView2<'a, T>, q: usize) -> ArrayView2<'a, T> {
+        image.slice_axis_move(Axis(0), group_slice(q, self.groups, self.in_channels))
+    }
+
+    /// `Y = W X` for several weights `[rows, fan_in]` at once, into `[images, rows, positions]` each. E46
+    ///
+    /// x `[images, channels, inputs]`.
+    pub(super) fn outputs<T: Scalar>(
+        &self,
+        windows: &Windows<N>,
+        x: ArrayView3<'_, T>,
+        weights: &[ArrayView2<'_, T>],
+        outputs: Vec<ArrayViewMut3<'_, T>>,
+    ) {
+        let of_groups: Vec<_> = (0..self.groups).map(|q| stacked(weights.iter().copied(), q, self.groups)).collect();
+        let mut tasks: Vec<(usize, Range<usize>, Vec<ArrayViewMut2<'_, T>>)> = Vec::new();
+        for output in outputs {
+            let mut task = 0;
+            for (image, output) in output.into_outer_iter_mut().enumerate() {
+                let parts = output.into_axis_chunks_iter_mut(Axis(1), TILE);
+                for (tile, output) in tiles(windows.positions()).zip(parts) {
+                    if task == tasks.len() {
+                        tasks.push((image, tile, Vec::new()));
+                    }
+                    tasks[task].2.push(output);
+                    task += 1;
+                }
+            }
+        }
+        let width = TILE.min(windows.positions());
+        let rows = of_groups[0].nrows();
+        let scratch = || (Array2::zeros((self.fan_in(), width)), Array2::zeros((rows, width)));
+        run_tasks(tasks, scratch, |(unfolded, products), (image, tile, mut outputs)| {
+            for (q, weight) in of_groups.iter().enumerate() {
+                let image = self.of_group(x.index_axis(Axis(0), image), q);
+                let unfolded = windows.unfolded(image, tile.clone(), unfolded);
+                if let [output] = outputs.as_mut_slice() {
+                    let units = group_slice(q, self.groups, output.nrows());
+                    let output = output.slice_axis_mut(Axis(0), units);
+                    product_into_on_this_thread(T::one(), weight.view(), unfolded, Accumulate::Replace, output); // E46
+                    continue;
+                }
+                let mut products = columns_mut(products, 0..tile.len());
+                let into = products.view_mut();
+                product_into_on_this_thread(T::one(), weight.view(), unfolded, Accumulate::Replace, into); // E46
+                let mut start = 0;
+                for output in &mut outputs {
+                    let units = group_slice(q, self.groups, output.nrows());
+                    let mut output = output.slice_axis_mut(Axis(0), units);
+                    let end = start + output.nrows();
+                    output.assign(&products.slice_axis(Axis(0), Slice::from(start..end)));
+                    start = end;
+                }
+            }
+        });
+    }
+
+    /// `dx = fold(W^T dY)`, summed over pairs of dY `[images, rows, positions]` and W `[rows, fan_in]`, into
+    /// `[images, channels, inputs]`. E47
+    pub(super) fn inputs<T: Scalar>(
+        &self,
+        windows: &Windows<N>,
+        pairs: &[(ArrayView3<'_, T>, ArrayView2<'_, T>)],
+        dx: ArrayViewMut3<'_, T>,
+    ) {
+        let weights = pairs.iter().map(|(_, weight)| *weight);
+        let of_groups: Vec<_> = (0..self.groups).map(|q| stacked(weights.clone(), q, self.groups)).collect();
+        // One task a block of channels of an image, within a group: no two tasks fold into the same element.
+        let mut tasks: Vec<(usize, usize, Range<usize>, ArrayViewMut2<'_, T>)> = Vec::new();
+        for (image, dx) in dx.into_outer_iter_mut().enumerate() {
+            for (q, dx) in dx.into_axis_chunks_iter_mut(Axis(0), self.in_channels / self.groups).enumerate() {
+                for (block, dx) in dx.into_axis_chunks_iter_mut(Axis(0), CHANNELS).enumerate() {
+                    let first = block * CHANNELS;
+                    tasks.push((image, q, first * windows.kernel..(first + dx.nrows()) * windows.kernel, dx));
+                }
+            }
+        }
+        let width = TILE.min(windows.positions());
+        let (rows, most) = (of_groups[0].nrows(), self.fan_in().min(CHANNELS * windows.kernel));
+        let scratch = || (Array2::zeros((rows, width)), Array2::zeros((most, width)));
+        run_tasks(tasks, scratch, |(dys, gradients), (image, q, of_channels, mut dx)| {
+            let weight = columns(of_groups[q].view(), of_channels.clone());
+            dx.fill(T::zero());
+            for tile in tiles(windows.positions()) {
+                let mut dys = columns_mut(dys, 0..tile.len());
+                let mut start = 0;
+                for (dy, _) in pairs {
+                    let dy = dy.index_axis(Axis(0), image);
+                    let dy =
+                        columns(dy.slice_axis_move(Axis(0), group_slice(q, self.groups, dy.nrows())), tile.clone());
+                    let end = start + dy.nrows();
+                    dys.slice_axis_mut(Axis(0), Slice::from(start..end)).assign(&dy);
+                    start = end;
+                }
+                let mut gradient = columns_mut(gradients, 0..tile.len());
+                gradient.slice_axis_inplace(Axis(0), Slice::from(0..of_channels.len()));
+                let into = gradient.view_mut();
+                product_into_on_this_thread(T::one(), weight.t(), dys.view(), Accumulate::Replace, into); // E47
+                windows.fold(gradient.view(), tile.start, dx.view_mut()); // E47
+            }
+        });
+    }
+
+    /// `dW = dY X^T`, summed over images: `[rows, fan_in]`. E48
+    ///
+    /// x `[images, channels, inputs]`, dy `[images, rows, positions]`.
+    pub(super) fn weights<T: Scalar>(
+        &self,
+        windows: &Windows<N>,
+        x: ArrayView3<'_, T>,
+        dy: ArrayView3<'_, T>,
+    ) -> Array2<T> {
+        let dy = dy.as_standard_layout();
+        let rows = dy.len_of(Axis(1));
+        let images = 0..dy.len_of(Axis(0));
+        let join = |sum: &mut Partial<T>, part: Partial<T>| sum.dw += &part.dw;
+        let of_group = |image: usize, q: usize| {
+            let dy = dy.index_axis(Axis(0), image);
+            let dy = dy.slice_axis_move(Axis(0), group_slice(q, self.groups, rows));
+            (self.of_group(x.index_axis(Axis(0), image), q), dy)
+        };
+        let per_group = self.in_channels / self.groups;
+        let spread = rows / self.groups * windows.kernel;
+        // Few rows are spread over the inputs in less time than all inputs are unfolded.
+        if rows / self.groups < per_group && spread * windows.inputs() <= SPREAD {
+            let zero = || Partial::new((rows, self.fan_in()), (spread, windows.inputs()), (spread, per_group));
+            let add = |Partial { dw, scratch, product }: &mut Partial<T>, image| {
+                for q in 0..self.groups {
+                    let (image, dy) = of_group(image, q);
+                    windows.spread(dy, scratch.view_mut()); // E74
+                    let into = product.view_mut();
+                    product_into_on_this_thread(T::one(), scratch.view(), image.t(), Accumulate::Replace, into); // E75
+                    let mut dw = dw.slice_axis_mut(Axis(0), group_slice(q, self.groups, rows));
+                    for (mut dw, product) in dw.outer_iter_mut().zip(product.axis_chunks_iter(Axis(0), windows.kernel))
+                    {
+                        dw.iter_mut().zip(product.t()).for_each(|(dw, &product)| *dw += product); // E75
+                    }
+                }
+            };
+            return sum(x.len(), images, zero, add, join).dw;
+        }
+        let width = TILE.min(windows.positions());
+        let zero = || Partial::new((rows, self.fan_in()), (self.fan_in(), width), (0, 0));
+        let add = |Partial { dw, scratch, .. }: &mut Partial<T>, (image, tile): (usize, Range<usize>)| {
+            for q in 0..self.groups {
+                let (image, dy) = of_group(image, q);
+                let unfolded = windows.unfolded(image, tile.clone(), scratch);
+                let dw = dw.slice_axis_mut(Axis(0), group_slice(q, self.groups, rows));
+                let dy = columns(dy, tile.clone());
+                product_into_on_this_thread(T::one(), dy, unfolded.t(), Accumulate::Add, dw); // E48
+            }
+        };
+        let all = images.flat_map(|image| tiles(windows.positions()).map(move |tile| (image, tile)));
+        sum(x.len(), all, zero, add, join).dw
+    }
+}
+
+/// A part of dW, and what a thread needs to add to it.
+struct Partial<T> {
+    dw: Array2<T>,
+    scratch: Array2<T>,
+    product: Array2<T>,
+}
+
+impl<T: Scalar> Partial<T> {
+    fn new(dw: (usize, usize), scratch: (usize, usize), product: (usize, usize)) -> Self {
+        Self { dw: Array2::zeros(dw), scratch: Array2::zeros(scratch), product: Array2::zeros(product) }
+    }
+}
