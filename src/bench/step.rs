@@ -1,7 +1,7 @@
 //! One training step: forward, and every gradient but dW0.
 
 use crate::operators::{Input, Operator};
-use crate::wora::{Gradients, Layer, RequiresGrad};
+use crate::wora::{Layer, RequiresGrad, Workspace};
 use crate::{Result, Scalar};
 use ndarray::ArrayD;
 
@@ -28,13 +28,13 @@ pub(crate) struct StepOf<O: Operator, T: Scalar> {
     layer: Layer<O, T>,
     x: O::Input<'static, T>,
     dy: ArrayD<T>,
-    gradients: Option<Gradients<T>>,
+    workspace: Workspace<T>,
     updates: usize,
 }
 
 impl<O: Operator, T: Scalar> StepOf<O, T> {
     pub fn new(layer: Layer<O, T>, x: O::Input<'static, T>, dy: ArrayD<T>) -> Self {
-        Self { layer, x, dy, gradients: None, updates: 0 }
+        Self { layer, x, dy, workspace: Workspace::default(), updates: 0 }
     }
 }
 
@@ -49,8 +49,10 @@ impl<O: Operator, T: Scalar> TrainingStep for StepOf<O, T> {
     }
 
     fn run(&mut self) -> Result<()> {
-        let (_y, cache) = self.layer.forward(O::lend(&self.x), None)?;
-        self.gradients = Some(self.layer.backward(cache, self.dy.view(), RequiresGrad::default())?);
+        let (y, cache) = self.layer.forward_in(&self.workspace, O::lend(&self.x), None)?;
+        let gradients = self.layer.backward_in(&self.workspace, cache, self.dy.view(), RequiresGrad::default())?;
+        self.workspace.recycle(y);
+        gradients.x.into_iter().for_each(|dx| self.workspace.recycle(dx));
         Ok(())
     }
 

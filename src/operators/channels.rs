@@ -49,12 +49,14 @@ fn for_each<I: Send>(elements: usize, blocks: impl Iterator<Item = I>, run: impl
     }
 }
 
-/// A sum over all blocks of so many elements, in parallel where that pays: every part starts with `zero`.
-pub(super) fn sum<I: Send, S: Send>(
+/// A sum over all blocks of so many elements, in parallel where that pays: every part starts with `zero`, every thread
+/// with `scratch`.
+pub(super) fn sum<I: Send, S: Send, W>(
     elements: usize,
     blocks: impl Iterator<Item = I>,
+    scratch: impl Fn() -> W + Send + Sync,
     zero: impl Fn() -> S + Send + Sync,
-    add: impl Fn(&mut S, I) + Send + Sync,
+    add: impl Fn(&mut W, &mut S, I) + Send + Sync,
     join: impl Fn(&mut S, S),
 ) -> S {
     let mut blocks: Vec<I> = blocks.collect();
@@ -64,15 +66,16 @@ pub(super) fn sum<I: Send, S: Send>(
         let rest = blocks.split_off(of_a_part.min(blocks.len()));
         parts.push(std::mem::replace(&mut blocks, rest));
     }
-    let of_part = |part: Vec<I>| {
+    let of_part = |scratch: &mut W, part: Vec<I>| {
         let mut sum = zero();
-        part.into_iter().for_each(|block| add(&mut sum, block));
+        part.into_iter().for_each(|block| add(scratch, &mut sum, block));
         sum
     };
     let sums: Vec<S> = if elements < PARALLEL_ELEMENTS {
-        parts.into_iter().map(of_part).collect()
+        let mut scratch = scratch();
+        parts.into_iter().map(|part| of_part(&mut scratch, part)).collect()
     } else {
-        run_tasks(parts, || (), |(), part| of_part(part))
+        run_tasks(parts, scratch, of_part)
     };
     sums.into_iter().fold(zero(), |mut sum, part| {
         join(&mut sum, part);
@@ -90,36 +93,32 @@ fn matrix_mut<T>(block: ArrayViewMut3<'_, T>) -> ArrayViewMut2<'_, T> {
     if block.len_of(Axis(2)) == 1 { block.index_axis_move(Axis(2), 0) } else { block.index_axis_move(Axis(0), 0) }
 }
 
-/// `scale[i] p[o, i, q]`
-pub(crate) fn scaled<T: Scalar>(p: ArrayView3<'_, T>, scale: ArrayView1<'_, T>) -> Array3<T> {
-    let mut y = Array3::zeros(p.dim());
-    let blocks = blocks_mut(y.view_mut()).zip(blocks(p));
-    for_each(p.len(), blocks, |(y, p)| scale_block(y, p, scale, None));
-    y
+/// `y[o, i, q] = scale[i] p[o, i, q]`
+pub(crate) fn scale_into<T: Scalar>(y: ArrayViewMut3<'_, T>, p: ArrayView3<'_, T>, scale: ArrayView1<'_, T>) {
+    for_each(p.len(), blocks_mut(y).zip(blocks(p)), |(y, p)| scale_block(y, p, scale, None));
 }
 
 /// `y[o, i, q] = scale[i] p[o, i, q] + shift[i] + sum_k b[i, k] u[o, k, q]`, without the shift where there is none, k
 /// running over the ranks of the group of i. E5.
 ///
 /// p and y `[outer, units, inner]`, b `[units, rank / groups]`, u `[outer, rank, inner]`.
-pub(crate) fn scale_and_mix<T: Scalar>(
+pub(crate) fn scale_and_mix_into<T: Scalar>(
+    y: ArrayViewMut3<'_, T>,
     p: ArrayView3<'_, T>,
     scale: ArrayView1<'_, T>,
     shift: Option<ArrayView1<'_, T>>,
     b: ArrayView2<'_, T>,
     u: ArrayView3<'_, T>,
     groups: usize,
-) -> Array3<T> {
-    let mut y = Array3::zeros(p.dim());
-    let blocks = blocks_mut(y.view_mut()).zip(blocks(p)).zip(blocks(u));
+) {
+    let blocks = blocks_mut(y).zip(blocks(p)).zip(blocks(u));
     for_each(p.len(), blocks, |((mut y, p), u)| {
         scale_block(y.view_mut(), p, scale, shift);
         mix_block(y, b, u, groups);
     });
-    y
 }
 
-/// `y += mix(b, u)`: see [`scale_and_mix`]. E5.
+/// `y += mix(b, u)`: see [`scale_and_mix_into`]. E5.
 pub(crate) fn mix_into<T: Scalar>(y: ArrayViewMut3<'_, T>, b: ArrayView2<'_, T>, u: ArrayView3<'_, T>, groups: usize) {
     let elements = y.len();
     for_each(elements, blocks_mut(y).zip(blocks(u)), |(y, u)| mix_block(y, b, u, groups));
@@ -128,19 +127,19 @@ pub(crate) fn mix_into<T: Scalar>(y: ArrayViewMut3<'_, T>, b: ArrayView2<'_, T>,
 /// `sum over o, q of a[o, i, q] b[o, i, q]` for every channel i: `[units]`.
 pub(crate) fn channel_products<T: Scalar>(a: ArrayView3<'_, T>, b: ArrayView3<'_, T>) -> Array1<T> {
     let zero = || Array1::zeros(a.len_of(Axis(1)));
-    let add = |sums: &mut Array1<T>, (a, b)| add_products(sums, a, b);
-    sum(a.len(), blocks(a).zip(blocks(b)), zero, add, |sums, part| *sums += &part)
+    let add = |_: &mut (), sums: &mut Array1<T>, (a, b)| add_products(sums, a, b);
+    sum(a.len(), blocks(a).zip(blocks(b)), || (), zero, add, |sums, part| *sums += &part)
 }
 
 /// `sum over o, q of a[o, i, q]` for every channel i: `[units]`.
 pub(crate) fn channel_sums<T: Scalar>(a: ArrayView3<'_, T>) -> Array1<T> {
     let zero = || Array1::zeros(a.len_of(Axis(1)));
-    let add = |sums: &mut Array1<T>, a: ArrayView3<'_, T>| {
+    let add = |_: &mut (), sums: &mut Array1<T>, a: ArrayView3<'_, T>| {
         for a in a.outer_iter() {
             Zip::from(&mut *sums).and(a.rows()).for_each(|sum, a| *sum += a.sum());
         }
     };
-    sum(a.len(), blocks(a), zero, add, |sums, part| *sums += &part)
+    sum(a.len(), blocks(a), || (), zero, add, |sums, part| *sums += &part)
 }
 
 /// What a cotangent dy of outputs is contracted with, in one walk over it.
@@ -164,15 +163,22 @@ pub(crate) fn contract<T: Scalar>(
     let mut input = Array3::zeros(u.dim());
     let all = blocks_mut(input.view_mut()).zip(blocks(dy)).zip(blocks(p)).zip(blocks(u));
     let zero = || (Array1::zeros(b.nrows()), Array2::zeros(b.dim()));
-    let add = |(products, weight): &mut (Array1<T>, Array2<T>), (((input, dy), p), u)| {
+    let add = |_: &mut (), (products, weight): &mut (Array1<T>, Array2<T>), (((input, dy), p), u)| {
         add_products(products, dy, p);
         add_mix_adjoint_weight(weight.view_mut(), dy, u, groups);
         mix_adjoint_input_block(input, b, dy, groups);
     };
-    let (products, weight) = sum(dy.len(), all, zero, add, |(products, weight), part| {
-        *products += &part.0;
-        *weight += &part.1;
-    });
+    let (products, weight) = sum(
+        dy.len(),
+        all,
+        || (),
+        zero,
+        add,
+        |(products, weight), part| {
+            *products += &part.0;
+            *weight += &part.1;
+        },
+    );
     Contracted { products, weight, input }
 }
 
@@ -188,8 +194,8 @@ pub(crate) fn mix_adjoint_input<T: Scalar>(b: ArrayView2<'_, T>, dy: ArrayView3<
 /// The adjoint of b -> mix(b, u): `s[i, k] = sum over o, q of dy[o, i, q] u[o, k, q]`: `[units, rank / groups]`. E7.
 pub(crate) fn mix_adjoint_weight<T: Scalar>(dy: ArrayView3<'_, T>, u: ArrayView3<'_, T>, groups: usize) -> Array2<T> {
     let zero = || Array2::zeros((dy.len_of(Axis(1)), u.len_of(Axis(1)) / groups));
-    let add = |sums: &mut Array2<T>, (dy, u)| add_mix_adjoint_weight(sums.view_mut(), dy, u, groups);
-    sum(dy.len(), blocks(dy).zip(blocks(u)), zero, add, |sums, part| *sums += &part)
+    let add = |_: &mut (), sums: &mut Array2<T>, (dy, u)| add_mix_adjoint_weight(sums.view_mut(), dy, u, groups);
+    sum(dy.len(), blocks(dy).zip(blocks(u)), || (), zero, add, |sums, part| *sums += &part)
 }
 
 fn scale_block<T: Scalar>(

@@ -13,7 +13,7 @@ mod unfold;
 
 pub(crate) use channels::{
     Contracted, PARALLEL_ELEMENTS, channel_products, channel_sums, contract, mix_adjoint_input, mix_adjoint_weight,
-    mix_into, scale_and_mix, scaled,
+    mix_into, scale_and_mix_into, scale_into,
 };
 pub use conv::{Conv, Conv1d, Conv2d, Conv3d, ConvSettings, Extents, Padding, PaddingWord};
 pub use embedding::{Embedding, EmbeddingSettings, Ids};

@@ -12,8 +12,8 @@ use std::ops::Range;
 
 /// Channels that one task of `inputs` folds.
 const CHANNELS: usize = 16;
-/// A cotangent is spread over the input where it makes no more elements than this of one image.
-const SPREAD: usize = 1 << 19;
+/// Rows of a cotangent are spread over an image as many at a time as make this many elements; where one makes more, none is.
+const SPREAD: usize = 1 << 18;
 
 fn tiles(positions: usize) -> impl Iterator<Item = Range<usize>> {
     (0..positions).step_by(TILE).map(move |start| start..(start + TILE).min(positions))
@@ -160,37 +160,43 @@ impl<const N: usize> Conv<N> {
         dy: ArrayView3<'_, T>,
     ) -> Array2<T> {
         let dy = dy.as_standard_layout();
-        let rows = dy.len_of(Axis(1));
-        let images = 0..dy.len_of(Axis(0));
-        let join = |sum: &mut Partial<T>, part: Partial<T>| sum.dw += &part.dw;
+        let (images, rows, _) = dy.dim();
         let of_group = |image: usize, q: usize| {
             let dy = dy.index_axis(Axis(0), image);
             let dy = dy.slice_axis_move(Axis(0), group_slice(q, self.groups, rows));
             (self.of_group(x.index_axis(Axis(0), image), q), dy)
         };
-        let per_group = self.in_channels / self.groups;
-        let spread = rows / self.groups * windows.kernel;
+        let zero = || Array2::zeros((rows, self.fan_in()));
+        let join = |dw: &mut Array2<T>, part| *dw += &part;
+        let (channels, of_a_row) = (self.in_channels / self.groups, windows.kernel * windows.inputs());
         // Few rows are spread over the inputs in less time than all inputs are unfolded.
-        if rows / self.groups < per_group && spread * windows.inputs() <= SPREAD {
-            let zero = || Partial::new((rows, self.fan_in()), (spread, windows.inputs()), (spread, per_group));
-            let add = |Partial { dw, scratch, product }: &mut Partial<T>, image| {
+        if rows / self.groups < channels && of_a_row <= SPREAD {
+            let together = (SPREAD / of_a_row).min(rows / self.groups);
+            let spread = together * windows.kernel;
+            let scratch = || (Array2::zeros((spread, windows.inputs())), Array2::zeros((spread, channels)));
+            let add = |(spread, product): &mut (Array2<T>, Array2<T>), dw: &mut Array2<T>, image| {
                 for q in 0..self.groups {
                     let (image, dy) = of_group(image, q);
-                    windows.spread(dy, scratch.view_mut()); // E74
-                    let into = product.view_mut();
-                    product_into_on_this_thread(T::one(), scratch.view(), image.t(), Accumulate::Replace, into); // E75
                     let mut dw = dw.slice_axis_mut(Axis(0), group_slice(q, self.groups, rows));
-                    for (mut dw, product) in dw.outer_iter_mut().zip(product.axis_chunks_iter(Axis(0), windows.kernel))
-                    {
-                        dw.iter_mut().zip(product.t()).for_each(|(dw, &product)| *dw += product); // E75
+                    let of_rows = dy.axis_chunks_iter(Axis(0), together);
+                    for (dy, mut dw) in of_rows.zip(dw.axis_chunks_iter_mut(Axis(0), together)) {
+                        let used = Slice::from(0..dy.nrows() * windows.kernel);
+                        let mut spread = spread.slice_axis_mut(Axis(0), used);
+                        let mut product = product.slice_axis_mut(Axis(0), used);
+                        windows.spread(dy, spread.view_mut()); // E74
+                        let into = product.view_mut();
+                        product_into_on_this_thread(T::one(), spread.view(), image.t(), Accumulate::Replace, into); // E75
+                        let of_rows = product.axis_chunks_iter(Axis(0), windows.kernel);
+                        for (mut dw, product) in dw.outer_iter_mut().zip(of_rows) {
+                            dw.iter_mut().zip(product.t()).for_each(|(dw, &product)| *dw += product); // E75
+                        }
                     }
                 }
             };
-            return sum(x.len(), images, zero, add, join).dw;
+            return sum(x.len(), 0..images, scratch, zero, add, join);
         }
-        let width = TILE.min(windows.positions());
-        let zero = || Partial::new((rows, self.fan_in()), (self.fan_in(), width), (0, 0));
-        let add = |Partial { dw, scratch, .. }: &mut Partial<T>, (image, tile): (usize, Range<usize>)| {
+        let scratch = || Array2::zeros((self.fan_in(), TILE.min(windows.positions())));
+        let add = |scratch: &mut Array2<T>, dw: &mut Array2<T>, (image, tile): (usize, Range<usize>)| {
             for q in 0..self.groups {
                 let (image, dy) = of_group(image, q);
                 let unfolded = windows.unfolded(image, tile.clone(), scratch);
@@ -199,20 +205,7 @@ impl<const N: usize> Conv<N> {
                 product_into_on_this_thread(T::one(), dy, unfolded.t(), Accumulate::Add, dw); // E48
             }
         };
-        let all = images.flat_map(|image| tiles(windows.positions()).map(move |tile| (image, tile)));
-        sum(x.len(), all, zero, add, join).dw
-    }
-}
-
-/// A part of dW, and what a thread needs to add to it.
-struct Partial<T> {
-    dw: Array2<T>,
-    scratch: Array2<T>,
-    product: Array2<T>,
-}
-
-impl<T: Scalar> Partial<T> {
-    fn new(dw: (usize, usize), scratch: (usize, usize), product: (usize, usize)) -> Self {
-        Self { dw: Array2::zeros(dw), scratch: Array2::zeros(scratch), product: Array2::zeros(product) }
+        let all = (0..images).flat_map(|image| tiles(windows.positions()).map(move |tile| (image, tile)));
+        sum(x.len(), all, scratch, zero, add, join)
     }
 }

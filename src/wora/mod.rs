@@ -10,6 +10,7 @@ mod layer;
 mod merge;
 mod passes;
 mod rounding;
+mod workspace;
 
 pub use adapter::{Adapter, Base, LoraInit};
 pub(crate) use adapter::{SCALE_NAMES, as_matrix, magnitude_shape};
@@ -21,3 +22,4 @@ pub use merge::Merged;
 pub(crate) use passes::check_mask;
 pub use passes::{Cache, Gradients, RequiresGrad};
 pub use rounding::Storage;
+pub use workspace::Workspace;

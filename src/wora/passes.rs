@@ -3,13 +3,15 @@
 //! `y = op(x - x~, W0) + g_out (beta op(u, W0) + alpha s B op(u, A)) + b`, `u = g_in x~`.
 
 use super::direction::Direction;
-use super::{Adapter, Layer, Method, NormAxis, NormGradient};
+use super::{Adapter, Layer, Method, NormAxis, NormGradient, Workspace};
 use crate::error::check_shape;
 use crate::operators::{
-    Contracted, Input, Operator, channel_sums, contract, in_standard_layout, scale_and_mix, scaled,
+    Contracted, Input, Operator, channel_sums, contract, in_standard_layout, scale_and_mix_into, scale_into,
 };
 use crate::{Error, Result, Scalar};
-use ndarray::{Array1, Array2, Array3, ArrayD, ArrayView1, ArrayView3, ArrayViewD, Axis, CowArray, Ix3, IxDyn};
+use ndarray::{
+    Array1, Array2, Array3, ArrayD, ArrayView1, ArrayView2, ArrayView3, ArrayViewD, Axis, CowArray, Ix3, IxDyn,
+};
 
 /// What [`Layer::forward`] keeps for [`Layer::backward`], which consumes it: a second backward on the same cache does
 /// not compile.
@@ -104,9 +106,23 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         x: O::Input<'x, T>,
         mask: Option<ArrayViewD<'_, T>>,
     ) -> Result<(ArrayD<T>, Cache<'x, O, T>)> {
+        self.forward_in(&Workspace::default(), x, mask)
+    }
+
+    /// [`Layer::forward`] in memory that an earlier step has left.
+    ///
+    /// # Errors
+    ///
+    /// As [`Layer::forward`].
+    pub fn forward_in<'x>(
+        &self,
+        workspace: &Workspace<T>,
+        x: O::Input<'x, T>,
+        mask: Option<ArrayViewD<'_, T>>,
+    ) -> Result<(ArrayD<T>, Cache<'x, O, T>)> {
         let direction = self.direction()?;
         let gain = direction.as_ref().map(|direction| direction.gain.view());
-        let (y, mut cache) = self.forward_with_gain(x, mask, gain)?;
+        let (y, mut cache) = self.forward_with_gain(workspace, x, mask, gain)?;
         cache.direction = direction;
         Ok((y, cache))
     }
@@ -125,7 +141,8 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
     ) -> Result<ArrayD<T>> {
         check_shape("weight_norm", self.base_sq.shape(), weight_norm.shape())?; // C1
         let gain = self.magnitude().map(|magnitude| Direction::gain(magnitude, weight_norm));
-        Ok(self.forward_with_gain(x, mask, gain.as_ref().map(|gain| gain.view()))?.0)
+        let gain = gain.as_ref().map(|gain| gain.view());
+        Ok(self.forward_with_gain(&Workspace::default(), x, mask, gain)?.0)
     }
 
     /// The gains of input columns and of output units: at most one of them is not 1.
@@ -141,6 +158,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
 
     fn forward_with_gain<'x>(
         &self,
+        workspace: &Workspace<T>,
         x: O::Input<'x, T>,
         mask: Option<ArrayViewD<'_, T>>,
         gain: Option<ArrayView1<'_, T>>,
@@ -155,15 +173,19 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
             let scaled = &met.values().expect("features") * &gain; // E15
             O::Input::from_values(scaled).expect("features")
         });
-        let mut outputs = self.operator.apply(gained.as_ref().unwrap_or(met), &[self.weight(), self.a()]).into_iter(); // E16
-        let (base_output, lora_output) = (outputs.next().expect("P"), outputs.next().expect("U"));
+        let [outer, inner] = self.operator.places(&x);
+        let output = |weight: ArrayView2<'_, T>| workspace.array(Ix3(outer, weight.nrows(), inner));
+        let (mut base_output, mut lora_output) = (output(self.weight()), output(self.a()));
+        let outputs = vec![base_output.view_mut(), lora_output.view_mut()];
+        self.operator.apply_into(gained.as_ref().unwrap_or(met), &[self.weight(), self.a()], outputs); // E16
 
         let gain_out = gain_out.map_or_else(|| Array1::ones(self.operator.units()), |gain| gain.to_owned());
         let bias = self.base.bias.as_ref().map(|bias| bias.view().into_dimensionality().expect("[units]"));
         let scale = &gain_out * beta;
         let b = &self.b() * &(&gain_out * gamma).insert_axis(Axis(1));
         let groups = self.operator.groups();
-        let mut y = scale_and_mix(base_output.view(), scale.view(), bias, b.view(), lora_output.view(), groups); // E17
+        let (mut y, u) = (output(self.weight()), lora_output.view());
+        scale_and_mix_into(y.view_mut(), base_output.view(), scale.view(), bias, b.view(), u, groups); // E17
         if let Some((_, masked)) = &dropped {
             let kept = O::Input::from_values(&x.values().expect("values") - &masked.values().expect("values"));
             y += &self.operator.apply(&kept.expect("values"), &[self.weight()])[0]; // E17
@@ -185,12 +207,31 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         dy: ArrayViewD<'_, T>,
         requires_grad: RequiresGrad,
     ) -> Result<Gradients<T>> {
-        self.gradients(&cache, dy, requires_grad)
+        self.backward_in(&Workspace::default(), cache, dy, requires_grad)
+    }
+
+    /// [`Layer::backward`] in memory that an earlier step has left.
+    ///
+    /// # Errors
+    ///
+    /// As [`Layer::backward`].
+    pub fn backward_in(
+        &self,
+        workspace: &Workspace<T>,
+        cache: Cache<'_, O, T>,
+        dy: ArrayViewD<'_, T>,
+        requires_grad: RequiresGrad,
+    ) -> Result<Gradients<T>> {
+        let gradients = self.gradients(workspace, &cache, dy, requires_grad);
+        workspace.recycle(cache.base_output);
+        workspace.recycle(cache.lora_output);
+        gradients
     }
 
     /// [`Layer::backward`] of what is looked at once more afterwards.
     pub(crate) fn gradients(
         &self,
+        workspace: &Workspace<T>,
         cache: &Cache<'_, O, T>,
         dy: ArrayViewD<'_, T>,
         requires_grad: RequiresGrad,
@@ -213,20 +254,28 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         let mut db = &s * &gain_gamma; // E22
         let mut da = self.operator.adjoint_weight(cache.u(), t.view()); // E24
         let scale = &gain_out * beta;
-        let h_beta = || scaled(dy.view(), scale.view()); // E18
+        let h_beta = || {
+            let mut h_beta = workspace.array(dy.raw_dim());
+            scale_into(h_beta.view_mut(), dy.view(), scale.view()); // E18
+            h_beta
+        };
 
-        let du = (requires_grad.x || gain_in.is_some())
-            .then(|| {
-                let of_pair = (t.view(), self.a());
-                // The gain is put on whichever is smaller.
-                if dy.len() <= self.base.weight.len() {
-                    self.operator.adjoint_input(cache.u(), &[(h_beta().view(), self.weight()), of_pair]) // E25
-                } else {
-                    let gained = &self.weight() * &scale.view().insert_axis(Axis(1));
-                    self.operator.adjoint_input(cache.u(), &[(dy.view(), gained.view()), of_pair]) // E25
-                }
-            })
-            .flatten();
+        let du = (requires_grad.x || gain_in.is_some()).then(|| cache.x.values()).flatten().map(|_| {
+            let mut du = workspace.array(IxDyn(cache.x.shape()));
+            let of_pair = (t.view(), self.a());
+            // The gain is put on whichever is smaller.
+            if dy.len() <= self.base.weight.len() {
+                let h_beta = h_beta();
+                let pairs = [(h_beta.view(), self.weight()), of_pair];
+                self.operator.adjoint_input_into(cache.u(), &pairs, du.view_mut()); // E25
+                workspace.recycle(h_beta);
+            } else {
+                let gained = &self.weight() * &scale.view().insert_axis(Axis(1));
+                let pairs = [(dy.view(), gained.view()), of_pair];
+                self.operator.adjoint_input_into(cache.u(), &pairs, du.view_mut()); // E25
+            }
+            du
+        });
         let mut weight = requires_grad.weight.then(|| self.adjoint_weight(cache, dy.view(), h_beta().view()));
 
         let mut magnitude = None;

@@ -26,9 +26,15 @@ use ndarray::{Array, Dimension, ShapeBuilder};
 use std::sync::{Mutex, PoisonError};
 
 /// Arrays that are no longer needed, for those that are. It grows to what one step needs at once.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Workspace<T> {
     free: Mutex<Vec<Vec<T>>>,
+}
+
+impl<T> Default for Workspace<T> {
+    fn default() -> Self {
+        Self { free: Mutex::default() }
+    }
 }
 
 impl<T: Scalar> Workspace<T> {
