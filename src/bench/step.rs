@@ -6,7 +6,7 @@ use crate::{Result, Scalar};
 use ndarray::ArrayD;
 
 /// A step that can be timed again and again.
-pub trait TrainingStep {
+pub trait TrainingStep: Send {
     /// Changes A, B, m, alpha and beta, as an optimiser does between two steps: nothing that depends on them can be kept.
     fn update(&mut self);
     /// Forward, then the gradients of x, A, B, m, alpha and beta.

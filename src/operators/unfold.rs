@@ -81,14 +81,11 @@ impl Geometry {
         left.into_iter().chain((0..size).map(Some)).chain(right).collect() // E43
     }
 
-    /// The output positions for which kernel offset k reads neighbours inside the input.
-    fn neighbours(&self, k: usize) -> Range<usize> {
-        if self.stride != 1 {
-            return 0..0;
-        }
+    /// The output positions for which kernel offset k reads inside the input, a stride apart.
+    fn inside(&self, k: usize) -> Range<usize> {
         let shift = k * self.dilation;
-        let start = self.before.saturating_sub(shift).min(self.output());
-        let end = (self.size + self.before).saturating_sub(shift).clamp(start, self.output());
+        let start = self.before.saturating_sub(shift).div_ceil(self.stride).min(self.output());
+        let end = (self.size + self.before).saturating_sub(shift).div_ceil(self.stride).clamp(start, self.output());
         start..end
     }
 }
@@ -101,8 +98,8 @@ struct Run<'a> {
     line: Option<usize>,
     /// The source of each column along the line, or `NOWHERE`.
     sources: &'a [usize],
-    /// The columns whose sources are neighbours: copied as a slice.
-    neighbours: Range<usize>,
+    /// The columns whose sources lie inside, a stride apart: taken as a slice.
+    inside: Range<usize>,
 }
 
 /// Where every column of the weight reads for every output position: the index maps of one input.
@@ -112,8 +109,8 @@ pub(super) struct Windows<const N: usize> {
     sources: [Vec<usize>; N],
     /// For each axis, the padded axis written out.
     padded: [Vec<Option<usize>>; N],
-    /// For each kernel offset along the last axis, the output positions whose sources are neighbours.
-    neighbours: Vec<Range<usize>>,
+    /// For each kernel offset along the last axis, the output positions whose sources lie inside, a stride apart.
+    inside: Vec<Range<usize>>,
     /// The output's extent along each axis.
     pub output: [usize; N],
     /// Kernel positions: the product of the kernel's extents.
@@ -130,11 +127,11 @@ impl<const N: usize> Windows<N> {
         });
         let last = axes[N - 1];
         let padded = axes.map(|axis| axis.padded());
-        let neighbours = (0..last.kernel).map(|k| last.neighbours(k)).collect();
+        let inside = (0..last.kernel).map(|k| last.inside(k)).collect();
         Self {
             axes,
             sources,
-            neighbours,
+            inside,
             padded,
             output: axes.map(|axis| axis.output()),
             kernel: axes.iter().map(|axis| axis.kernel).product(),
@@ -160,7 +157,7 @@ impl<const N: usize> Windows<N> {
             (offsets[axis], rest) = (rest % self.axes[axis].kernel, rest / self.axes[axis].kernel);
         }
         let extent = self.output[last];
-        let neighbours = &self.neighbours[offsets[last]];
+        let inside = &self.inside[offsets[last]];
         let mut at = 0;
         while at < length {
             let position = start + at;
@@ -175,7 +172,7 @@ impl<const N: usize> Windows<N> {
             }
             let sources = &self.sources[last][offsets[last] * extent + from..][..run];
             let clamp = |p: usize| p.clamp(from, from + run) - from;
-            visit(Run { at, line, sources, neighbours: clamp(neighbours.start)..clamp(neighbours.end) });
+            visit(Run { at, line, sources, inside: clamp(inside.start)..clamp(inside.end) });
             at += run;
         }
     }
@@ -184,19 +181,24 @@ impl<const N: usize> Windows<N> {
     ///
     /// x `[channels, inputs]`, columns `[channels * kernel, positions]`, both in standard layout. E44
     pub fn unfold<T: Scalar>(&self, x: ArrayView2<'_, T>, start: usize, mut columns: ArrayViewMut2<'_, T>) {
-        let length = columns.ncols();
+        let (length, stride) = (columns.ncols(), self.axes[N - 1].stride);
         for (row, mut column) in columns.axis_iter_mut(Axis(0)).enumerate() {
             let x = x.index_axis(Axis(0), row / self.kernel);
             let x = x.as_slice().expect("standard layout");
             let column = column.as_slice_mut().expect("standard layout");
-            self.runs(row % self.kernel, start, length, |Run { at, line, sources, neighbours }| {
+            self.runs(row % self.kernel, start, length, |Run { at, line, sources, inside }| {
                 let into = &mut column[at..at + sources.len()];
                 let Some(line) = line else { return into.fill(T::zero()) };
-                if !neighbours.is_empty() {
-                    let from = line + sources[neighbours.start];
-                    into[neighbours.clone()].copy_from_slice(&x[from..from + neighbours.len()]); // E44
+                if !inside.is_empty() {
+                    let x = &x[line + sources[inside.start]..];
+                    let into = &mut into[inside.clone()];
+                    if stride == 1 {
+                        into.copy_from_slice(&x[..into.len()]); // E44
+                    } else {
+                        into.iter_mut().zip(x.iter().step_by(stride)).for_each(|(into, &x)| *into = x); // E44
+                    }
                 }
-                for i in (0..neighbours.start).chain(neighbours.end..sources.len()) {
+                for i in (0..inside.start).chain(inside.end..sources.len()) {
                     into[i] = if sources[i] == NOWHERE { T::zero() } else { x[line + sources[i]] }; // E44
                 }
             });
@@ -248,15 +250,20 @@ impl<const N: usize> Windows<N> {
 
     /// `into[source(p, k)] += from[p]` for the output positions `start..` of kernel position k.
     fn scatter<T: Scalar>(&self, k: usize, start: usize, from: &[T], into: &mut [T]) {
-        self.runs(k, start, from.len(), |Run { at, line, sources, neighbours }| {
+        let stride = self.axes[N - 1].stride;
+        self.runs(k, start, from.len(), |Run { at, line, sources, inside }| {
             let Some(line) = line else { return };
             let from = &from[at..at + sources.len()];
-            if !neighbours.is_empty() {
-                let first = line + sources[neighbours.start];
-                let into = &mut into[first..first + neighbours.len()];
-                into.iter_mut().zip(&from[neighbours.clone()]).for_each(|(into, &from)| *into += from);
+            if !inside.is_empty() {
+                let into = &mut into[line + sources[inside.start]..];
+                let from = &from[inside.clone()];
+                if stride == 1 {
+                    into.iter_mut().zip(from).for_each(|(into, &from)| *into += from);
+                } else {
+                    into.iter_mut().step_by(stride).zip(from).for_each(|(into, &from)| *into += from);
+                }
             }
-            for i in (0..neighbours.start).chain(neighbours.end..sources.len()) {
+            for i in (0..inside.start).chain(inside.end..sources.len()) {
                 if sources[i] != NOWHERE {
                     into[line + sources[i]] += from[i];
                 }
