@@ -155,7 +155,7 @@ impl Operator for Embedding {
         in_standard_layout(matrix.reversed_axes()).into_dyn()
     }
 
-    fn lend<'a, T: Scalar>(x: &'a Ids) -> Ids {
+    fn lend<T: Scalar>(x: &Ids) -> Ids {
         x.clone()
     }
     fn output_shape<T: Scalar>(&self, x: &Ids) -> Result<Vec<usize>> {
