@@ -52,7 +52,7 @@ fn operations_are_those_of_the_factored_products() {
         training_step(case, Precision::F64).unwrap().flops().unwrap()
     };
     let (n, i, o, r) = (256, 256, 256, 8);
-    let large = 2 * 2 * n * i * o; // y, dx
+    let large = 2 * 2 * n * i * o; // y, dx: E76
     let pair = 2 * 3 * n * r * i + 2 * 3 * n * r * o; // U, dx, dA; y, S, T
     assert_eq!(flops("linear-n256-256x256-r8"), large + pair + 2 * o * i * r);
     let (places, units, fan_in, rank) = (2 * 16 * 16 * 16, 32, 32 * 27, 8);

@@ -207,6 +207,23 @@ const THIN: [[usize; 3]; 10] = [
     [1, 5_000_001, 1],
 ];
 
+/// Products of every way to divide the work: by terms, by blocks of rows or of columns, and by panels of columns, the
+/// last of each being smaller than the others.
+const DIVIDED: [[usize; 3]; 4] = [[12, 40_000, 16], [700, 300, 40], [40, 300, 700], [300, 70, 1100]];
+
+#[test]
+fn products_whose_work_is_divided_are_those_of_the_triple_loop() {
+    for sizes in DIVIDED {
+        assert!(2 * sizes.iter().product::<usize>() > PARALLEL_FLOPS);
+        for layouts in [[STANDARD; 3], [TRANSPOSED, TRANSPOSED, STANDARD], [STANDARD, EVERY_SECOND, TRANSPOSED]] {
+            for accumulate in [Accumulate::Replace, Accumulate::Add] {
+                let product = Product { sizes, layouts, scale: -1.5, accumulate, seed: 5 };
+                assert_eq!(product.check::<f64>(), Ok(()), "{product:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn products_with_one_row_or_column_are_those_of_the_triple_loop() {
     for sizes in THIN {
@@ -220,7 +237,7 @@ fn products_with_one_row_or_column_are_those_of_the_triple_loop() {
 fn products_do_not_depend_on_the_number_of_threads() {
     let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     let pools = [pool(1), pool(2)];
-    for [m, k, n] in THIN.into_iter().chain([[181, 170, 173]]) {
+    for [m, k, n] in THIN.into_iter().chain(DIVIDED).chain([[181, 170, 173]]) {
         let mut rng = Pcg64::seed_from_u64(3);
         let (a, b) = (draw::<f64>(m, k, &mut rng), draw::<f64>(k, n, &mut rng));
         // Column-major operands take other paths through a matrix library.

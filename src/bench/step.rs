@@ -67,6 +67,6 @@ impl<O: Operator, T: Scalar> TrainingStep for StepOf<O, T> {
         let pair = 3 * is_product * places * rank * fan_in; // forward, dx, dA
         let mixing = 3 * places * units * per_group; // forward, S, T
         let norms = units * fan_in * per_group;
-        Ok(2 * (base + pair + mixing + norms))
+        Ok(2 * (base + pair + mixing + norms)) // E76
     }
 }
