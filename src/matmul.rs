@@ -119,9 +119,10 @@ mod backend {
     /// Columns this many bytes apart, or a multiple, meet in the same few lines of a cache.
     const PAGE: usize = 4096;
 
-    /// A product with no more rows or columns than this is cut into blocks, one a task: waking faer's threads for it takes
-    /// longer.
-    const NARROW: usize = 256;
+    /// A product with no more rows or columns than this is cut into blocks, one a task, and so is one of no more
+    /// operations than that: waking faer's threads for it takes longer.
+    const NARROW: usize = 64;
+    const SMALL: usize = 1 << 27;
     /// Rows or columns of such a block.
     const BLOCK: usize = 128;
     /// Terms of a sum that one task adds up, where a product is small and its sums are long.
@@ -140,7 +141,9 @@ mod backend {
         parallel: bool,
     ) {
         let (rows, columns, terms) = (c.nrows(), c.ncols(), a.ncols());
-        if !parallel || 2 * rows * columns * terms < PARALLEL_FLOPS {
+        let flops = 2 * rows * columns * terms;
+        let in_blocks = flops <= SMALL || rows.min(columns) <= NARROW;
+        if !parallel || flops < PARALLEL_FLOPS {
             multiply(scale, a, b, accumulate, c, Par::Seq);
         } else if terms >= 2 * TERMS && terms >= 32 * rows.max(columns) {
             let starts: Vec<usize> = (0..terms).step_by(TERMS).collect();
@@ -156,12 +159,12 @@ mod backend {
                 c.fill(T::zero());
             }
             parts.iter().for_each(|part| c += part);
-        } else if rows.min(columns) <= NARROW && rows <= columns {
+        } else if in_blocks && rows <= columns {
             c.axis_chunks_iter_mut(Axis(1), BLOCK).into_par_iter().enumerate().for_each(|(nth, block)| {
                 let b = b.slice_axis(Axis(1), Slice::from(nth * BLOCK..nth * BLOCK + block.ncols()));
                 multiply(scale, a, b, accumulate, block, Par::Seq);
             });
-        } else if rows.min(columns) <= NARROW {
+        } else if in_blocks {
             c.axis_chunks_iter_mut(Axis(0), BLOCK).into_par_iter().enumerate().for_each(|(nth, block)| {
                 let a = a.slice_axis(Axis(0), Slice::from(nth * BLOCK..nth * BLOCK + block.nrows()));
                 multiply(scale, a, b, accumulate, block, Par::Seq);
