@@ -170,7 +170,8 @@ mod backend {
                 multiply(scale, a, b, accumulate, block, Par::Seq);
             });
         } else {
-            let a = without_aliasing(a);
+            // Where b is narrow the copy costs more than it brings.
+            let a = if columns * size_of::<T>() >= PAGE { without_aliasing(a) } else { a.into() };
             for (nth, panel) in c.axis_chunks_iter_mut(Axis(1), PANEL).enumerate() {
                 let b = b.slice_axis(Axis(1), Slice::from(nth * PANEL..nth * PANEL + panel.ncols()));
                 multiply(scale, a.view(), b, accumulate, panel, Par::rayon(0));

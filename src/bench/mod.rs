@@ -4,7 +4,7 @@
 //! use std::num::NonZeroUsize;
 //! use woracle::{bench, registry::Precision};
 //! let case = bench::CASES.iter().find(|case| case.name.starts_with("linear-n256")).unwrap();
-//! let timing = bench::time(case, Precision::F64, NonZeroUsize::new(3).unwrap(), bench::square_product)?;
+//! let timing = bench::time(case, Precision::F64, NonZeroUsize::new(3).unwrap())?;
 //! assert!(0.0 < timing.min_ms && timing.min_ms <= timing.median_ms);
 //! # Ok::<(), woracle::Error>(())
 //! ```
@@ -73,18 +73,12 @@ pub struct Timing {
     pub percent_of_matmul: f64,
 }
 
-/// Times a case: one run to warm up, then so many. `matmul_gflops` says how fast a bare product is; see
-/// [`square_product`].
+/// Times a case, one run to warm up and then so many, and beside it [`square_product`].
 ///
 /// # Errors
 ///
 /// None for a case of [`CASES`].
-pub fn time(
-    case: &'static Spec,
-    precision: Precision,
-    runs: NonZeroUsize,
-    matmul_gflops: impl FnOnce(Precision, NonZeroUsize) -> f64,
-) -> Result<Timing> {
+pub fn time(case: &'static Spec, precision: Precision, runs: NonZeroUsize) -> Result<Timing> {
     let mut step = training_step(case, precision)?;
     let mut seconds = Vec::with_capacity(runs.get());
     // Within rayon's pool, as a training loop should be: from outside of it every product first wakes a thread.
@@ -98,7 +92,7 @@ pub fn time(
         }
         Ok(())
     })?;
-    let matmul_gflops = matmul_gflops(precision, runs);
+    let matmul_gflops = square_product(precision, runs);
     let (min, median) = (seconds.iter().copied().fold(f64::INFINITY, f64::min), median(seconds));
     let gflops = step.flops()? as f64 / median * 1e-9;
     Ok(Timing {

@@ -2,7 +2,7 @@
 
 use super::{Outcome, list, print, progress, table};
 use std::num::NonZeroUsize;
-use woracle::bench::{CASES, Timing, square_product, time};
+use woracle::bench::{CASES, Timing, time};
 use woracle::registry::{Precision, choose};
 use woracle::{Error, Result};
 
@@ -53,7 +53,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     for case in cases {
         for &precision in &precisions {
             bar.set_message(case.name);
-            let timing = time(case, precision, args.runs, square_product)?;
+            let timing = time(case, precision, args.runs)?;
             bar.inc(1);
             if args.json {
                 bar.suspend(|| print(&serde_json::to_string(&timing).expect("numbers and names")))?;

@@ -204,10 +204,10 @@ fn scale_block<T: Scalar>(
     scale: ArrayView1<'_, T>,
     shift: Option<ArrayView1<'_, T>>,
 ) {
-    let channels_in_rows = y.len_of(Axis(2)) == 1;
+    let (_, in_rows) = channel_axis(&p);
     let (mut y, p) = (matrix_mut(y), matrix(p));
     for (i, (mut y, p)) in y.outer_iter_mut().zip(p.outer_iter()).enumerate() {
-        if channels_in_rows {
+        if in_rows {
             match shift {
                 Some(shift) => {
                     Zip::from(&mut y).and(p).and(scale).and(shift).for_each(|y, &p, &g, &b| *y = g * p + b);
@@ -222,9 +222,9 @@ fn scale_block<T: Scalar>(
 }
 
 fn add_products<T: Scalar>(sums: &mut Array1<T>, a: ArrayView3<'_, T>, b: ArrayView3<'_, T>) {
-    let channels_in_rows = a.len_of(Axis(2)) == 1;
+    let (_, in_rows) = channel_axis(&a);
     let (a, b) = (matrix(a), matrix(b));
-    if channels_in_rows {
+    if in_rows {
         for (a, b) in a.outer_iter().zip(b.outer_iter()) {
             Zip::from(&mut *sums).and(a).and(b).for_each(|sum, &a, &b| *sum += a * b);
         }

@@ -175,8 +175,13 @@ impl<const N: usize> Conv<N> {
         Windows::new(self.axes(&shape[shape.len() - N..]).expect("an input checked by output_shape"))
     }
 
+    /// The number of images: 1 where there is no batch.
+    fn batch<T>(x: &CowArray<'_, T, IxDyn>) -> usize {
+        if x.ndim() == N + 2 { x.shape()[0] } else { 1 }
+    }
+
     fn images<'a, T: Scalar>(&self, x: &'a CowArray<'_, T, IxDyn>) -> Images<'a, T> {
-        let batch = if x.ndim() == N + 2 { x.shape()[0] } else { 1 };
+        let batch = Self::batch(x);
         let inputs: usize = x.shape()[x.ndim() - N..].iter().product();
         let images = x.to_shape((batch, self.in_channels, inputs)).expect("an input checked by output_shape");
         if images.is_standard_layout() { images } else { images.as_standard_layout().into_owned().into() }
@@ -276,8 +281,8 @@ impl<const N: usize> Operator for Conv<N> {
     }
 
     fn places<T: Scalar>(&self, x: &Self::Input<'_, T>) -> [usize; 2] {
-        let images = if x.ndim() == N + 2 { x.shape()[0] } else { 1 };
-        [images, self.windows(x.shape()).positions()]
+        let axes = self.axes(&x.shape()[x.ndim() - N..]).expect("an input checked by output_shape");
+        [Self::batch(x), axes.iter().map(|axis| axis.output()).product()]
     }
 
     fn apply_into<T: Scalar>(
@@ -296,7 +301,7 @@ impl<const N: usize> Operator for Conv<N> {
         dx: ArrayViewMutD<'_, T>,
     ) {
         let windows = self.windows(x.shape());
-        let shape = (self.places(x)[0], self.in_channels, windows.inputs());
+        let shape = (Self::batch(x), self.in_channels, windows.inputs());
         let dx = dx.into_shape_with_order(shape).expect("as many elements as x");
         self.inputs(&windows, pairs, dx); // E47
     }
@@ -309,8 +314,7 @@ impl<const N: usize> Operator for Conv<N> {
         let windows = self.windows(x.shape());
         let (positions, inputs) = (windows.positions(), windows.inputs());
         let per_group = (self.in_channels / self.groups, self.out_channels / self.groups);
-        let images = if x.ndim() == N + 2 { x.shape()[0] } else { 1 };
-        for image in 0..images {
+        for image in 0..Self::batch(x) {
             for unit in 0..self.out_channels {
                 let (output, group) = ((image * self.out_channels + unit) * positions, unit / per_group.1);
                 for channel in 0..per_group.0 {
