@@ -2,17 +2,20 @@
 
 use crate::error::check_finite;
 use crate::{Error, Result};
-use ndarray::ArrayD;
+use ndarray::{ArcArray, ArrayD, IxDyn};
 use std::collections::BTreeMap;
 
 /// Tensors by their names in a case file, such as `y` or `grad.lora_A`.
 pub type Tensors = BTreeMap<String, ArrayD<f64>>;
 
+/// A tensor's values: a layer takes them without a copy.
+pub type Values = ArcArray<f64, IxDyn>;
+
 /// A tensor of a case.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Tensor {
     /// Values.
-    Float(ArrayD<f64>),
+    Float(Values),
     /// Ids.
     Int(ArrayD<i64>),
 }
@@ -46,7 +49,7 @@ impl Case {
     /// # Errors
     ///
     /// If it is missing (C7), holds ids, or is not finite (C2).
-    pub fn values(&self, name: &str) -> Result<&ArrayD<f64>> {
+    pub fn values(&self, name: &str) -> Result<&Values> {
         self.optional(name)?.ok_or_else(|| Error::Missing { tensor: name.into(), expected: "a tensor".into() }) // C7
     }
 
@@ -55,7 +58,7 @@ impl Case {
     /// # Errors
     ///
     /// If it holds ids, or is not finite (C2).
-    pub fn optional(&self, name: &str) -> Result<Option<&ArrayD<f64>>> {
+    pub fn optional(&self, name: &str) -> Result<Option<&Values>> {
         match self.tensors.get(name) {
             None => Ok(None),
             Some(Tensor::Int(_)) => Err(Error::Unexpected {
@@ -71,7 +74,7 @@ impl Case {
 
     /// Puts tensors in, in the place of those of the same names.
     pub fn extend(&mut self, tensors: Tensors) {
-        self.tensors.extend(tensors.into_iter().map(|(name, values)| (name, Tensor::Float(values))));
+        self.tensors.extend(tensors.into_iter().map(|(name, values)| (name, Tensor::Float(values.into()))));
     }
 
     /// The settings as a type; what the type does not name is ignored.

@@ -1,5 +1,8 @@
 //! One error for the whole crate: what is wrong, what was expected, what was found. One line each.
 
+use crate::operators::PARALLEL_ELEMENTS;
+use crate::simd::all_finite;
+use rayon::prelude::*;
 use std::path::{Path, PathBuf};
 
 /// Everything that can be wrong with what a caller hands in.
@@ -138,8 +141,12 @@ pub(crate) fn check_shape(tensor: &str, expected: &[usize], found: &[usize]) -> 
 
 /// Fails at the first element that is NaN or infinite (SPEC.md, C2).
 pub(crate) fn check_finite<T: crate::Scalar>(tensor: &str, values: ndarray::ArrayViewD<'_, T>) -> Result<()> {
-    // One pass without a branch an element; the index is looked for only when there is one.
-    if values.iter().all(|value| value.is_finite()) {
+    let finite = match values.as_slice_memory_order() {
+        Some(values) => values.par_chunks(PARALLEL_ELEMENTS).all(all_finite),
+        None => values.iter().all(|value| value.is_finite()),
+    };
+    // The index is looked for only where there is one.
+    if finite {
         return Ok(());
     }
     let (index, found) = values

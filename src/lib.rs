@@ -34,6 +34,7 @@ mod dual;
 mod error;
 mod rounded;
 mod scalar;
+mod simd;
 
 pub use counted::Counted;
 pub use dual::{Dual, DualForward, DualTensors};

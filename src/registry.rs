@@ -7,20 +7,18 @@
 //! ```
 
 use crate::bench::{StepOf, TrainingStep};
-use crate::case::{Case, Tensor, Tensors};
+use crate::case::{Case, Tensor, Tensors, Values};
 use crate::cases::{CONV1D, CONV2D, CONV3D, EMBEDDING, LINEAR, Spec, Twist, draw};
 use crate::error::check_shape;
 use crate::mistakes::{Anchor, Evaluated, Formula, FormulaResults, Mistake, Spoiling, TracedForward, results};
-use crate::operators::{
-    Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operator, PARALLEL_ELEMENTS, in_standard_layout,
-};
+use crate::operators::{Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operator, in_standard_layout};
 use crate::traced::Traced;
 use crate::wora::{
     Adapter, Base, Cache, Config, Definition, Evaluation, Gradients, Layer, Method, NormGradient, RequiresGrad,
     SCALE_NAMES, Storage, Workspace, as_matrix, check_mask,
 };
 use crate::{Counted, Dual, DualForward, Error, Real, Result, Rounded, Scalar};
-use ndarray::{Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Axis, Zip};
+use ndarray::{ArcArray, Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Axis, IxDyn, Zip};
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::sync::Mutex;
@@ -219,7 +217,7 @@ struct Parts<O: Operator, T: Scalar> {
     layer: Layer<O, T>,
     x: O::Input<'static, T>,
     mask: Option<ArrayD<T>>,
-    dy: Option<ArrayD<T>>,
+    dy: Option<ArcArray<T, IxDyn>>,
 }
 
 impl<O: Operator> Adapted<O> {
@@ -232,18 +230,15 @@ impl<O: Operator> Adapted<O> {
     }
 
     fn parts<T: Scalar>(case: &Case) -> Result<Parts<O, T>> {
-        let cast = |values: &ArrayD<f64>| match values.len() {
-            PARALLEL_ELEMENTS.. => Zip::from(values).par_map_collect(|&value| T::from_f64(value)),
-            _ => values.mapv(T::from_f64),
-        };
+        let cast = |values: &Values| T::from_shared(values).into_owned();
         let config = Self::config(case)?;
         let weight = case.values("base.weight")?;
         let operator = O::from_weight_shape(case.settings()?, weight.shape())?;
-        let base = Base { weight: cast(weight), bias: case.optional("base.bias")?.map(cast) };
+        let base = Base { weight: T::from_shared(weight), bias: case.optional("base.bias")?.map(cast) };
         let adapter = Adapter::from_named(config.method, O::LORA_NAMES, |name| case.values(name).map(cast))?;
         let layer = Layer::new(operator, config, base, adapter)?;
         let mask = case.optional("dropout_mask")?.map(cast);
-        let dy = case.optional("grad.y")?.map(cast);
+        let dy = case.optional("grad.y")?.map(T::from_shared);
         Ok(Parts { layer, x: Self::input(case)?, mask, dy })
     }
 
@@ -286,7 +281,7 @@ impl<O: Operator> Adapted<O> {
     fn step<T: Scalar>(case: &Case) -> Result<Box<dyn TrainingStep>> {
         case.values("grad.y")?;
         let Parts { layer, x, dy, .. } = Self::parts::<T>(case)?;
-        Ok(Box::new(StepOf::new(layer, x, dy.expect("a cotangent"))))
+        Ok(Box::new(StepOf::new(layer, x, dy.expect("a cotangent").into_owned())))
     }
 
     /// Hands the definition of a case, on numbers made of f64 by `lift`, and the cotangent to `run`.
@@ -308,7 +303,7 @@ impl<O: Operator> Adapted<O> {
             x: x.values().map(|x| lift("x", x)),
             mask: mask.as_ref().map(|mask| lift("dropout_mask", mask.view())),
             base: Base {
-                weight: lift("base.weight", weight.view()),
+                weight: lift("base.weight", weight.view()).into(),
                 bias: bias.as_ref().map(|bias| lift("base.bias", bias.view())),
             },
             adapter: Adapter::from_named(layer.config().method, O::LORA_NAMES, |name| {
@@ -545,7 +540,7 @@ fn looked_up<O: Operator>(from: &Layer<O, f64>, to: Layer<O, f64>, fraction: &[f
     let fraction = ArrayView1::from(fraction);
     let between = |from: ArrayView2<'_, f64>, to: ArrayView2<'_, f64>| &from + &((&to - &from) * fraction);
     let lora_a = between(from.a(), to.a()).into_shape_with_order(to.adapter().lora_a.shape()).expect("as many as A");
-    let base = Base { weight: operator.stored_weight(between(from.weight(), to.weight())), ..to.base().clone() };
+    let base = Base { weight: operator.stored_weight(between(from.weight(), to.weight())).into(), ..to.base().clone() };
     let adapter = Adapter { lora_a, ..to.adapter().clone() };
     Layer::new(operator.clone(), *to.config(), base, adapter)
 }

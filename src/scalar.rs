@@ -4,6 +4,8 @@
 //! the definition can also run on numbers that carry something along: [`Rounded`](crate::Rounded) carries an
 //! estimate of its own rounding error, [`Dual`](crate::Dual) a derivative.
 
+use crate::operators::PARALLEL_ELEMENTS;
+use ndarray::{ArcArray, IxDyn, Zip};
 use std::ops::{Add, Div, Mul, Sub};
 
 mod sealed {
@@ -22,6 +24,8 @@ pub trait Scalar: ndarray::NdFloat + faer::traits::ComplexField + sealed::Sealed
     fn from_f64(value: f64) -> Self;
     /// The same number in f64, exactly.
     fn as_f64(self) -> f64;
+    /// The nearest numbers of this type: the same memory where they are the same numbers.
+    fn from_shared(values: &ArcArray<f64, IxDyn>) -> ArcArray<Self, IxDyn>;
 }
 
 impl Scalar for f32 {
@@ -33,6 +37,14 @@ impl Scalar for f32 {
     fn as_f64(self) -> f64 {
         f64::from(self)
     }
+    fn from_shared(values: &ArcArray<f64, IxDyn>) -> ArcArray<Self, IxDyn> {
+        let narrow = |&value: &f64| value as f32;
+        if values.len() < PARALLEL_ELEMENTS {
+            values.map(narrow).into()
+        } else {
+            Zip::from(values).par_map_collect(narrow).into()
+        }
+    }
 }
 
 impl Scalar for f64 {
@@ -43,6 +55,9 @@ impl Scalar for f64 {
     }
     fn as_f64(self) -> f64 {
         self
+    }
+    fn from_shared(values: &ArcArray<f64, IxDyn>) -> ArcArray<Self, IxDyn> {
+        values.clone()
     }
 }
 

@@ -198,12 +198,12 @@ fn a_case_that_is_too_large_says_so() {
     ];
     for (name, shape) in shapes {
         let values = ArrayD::from_shape_fn(shape, |index| 0.1 + (index[0] % 7) as f64);
-        case.tensors.insert(name.into(), Tensor::Float(values));
+        case.tensors.insert(name.into(), Tensor::Float(values.into()));
     }
     case.tensors.remove("grad.y");
     let mut y = subject.evaluate(&case, Precision::F64).expect("y")["y"].clone();
     y *= 1.5;
-    case.tensors.insert("y".into(), Tensor::Float(y));
+    case.tensors.insert("y".into(), Tensor::Float(y.into()));
     let file = CaseFile::new(case, Dtype::F64);
     let facts = diagnose(&file).expect("a diagnosis").facts;
     assert!(facts[0].contains("1.5") && facts[1].contains("too large"), "{facts:?}");

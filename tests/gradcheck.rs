@@ -107,7 +107,7 @@ impl Subject for Altered<'_> {
         Ok(Box::new(move |case| {
             let further = &here + &((case.values(name)? - &here) * LIE);
             let mut case = case.clone();
-            case.tensors.insert(name.into(), Tensor::Float(further));
+            case.tensors.insert(name.into(), Tensor::Float(further.into()));
             forward(&case)
         }))
     }

@@ -26,7 +26,7 @@ fn scalar(value: f64) -> ArrayD<f64> {
 /// A layer away from every initial value.
 fn trained(config: Config, seed: u64) -> Layer<Linear, f64> {
     let mut rng = Pcg64::seed_from_u64(seed);
-    let base = Base { weight: random(&[5, 7], &mut rng), bias: Some(random(&[5], &mut rng)) };
+    let base = Base { weight: random(&[5, 7], &mut rng).into(), bias: Some(random(&[5], &mut rng)) };
     let norms = if config.norm_axis == NormAxis::Output { 5 } else { 7 };
     let adapter = Adapter {
         lora_a: random(&[3, 7], &mut rng),
@@ -107,7 +107,7 @@ fn a_fresh_adapter_changes_nothing() {
     for config in configs().into_iter().filter(|config| config.norm_eps == 0.0) {
         for init in [LoraInit::KaimingUniform, LoraInit::Gaussian] {
             let mut rng = Pcg64::seed_from_u64(5);
-            let base = Base { weight: random(&[5, 7], &mut rng), bias: None };
+            let base = Base { weight: random(&[5, 7], &mut rng).into(), bias: None };
             let layer = Layer::init(OPERATOR, config, base, 3, init, &mut rng).expect("a layer");
             assert_abs_diff_eq!(layer.merge().expect("W'").weight, layer.base().weight, epsilon = 1e-15);
             assert!(layer.adapter().lora_b.iter().all(|&b| b == 0.0));
@@ -121,7 +121,7 @@ fn a_starts_within_its_bound_and_with_its_deviation() {
     let (rank, features) = (16, 400);
     let operator = Linear { in_features: features, out_features: 2, fan_in_fan_out: false };
     let start = |init| {
-        let base = Base { weight: ArrayD::<f64>::ones(IxDyn(&[2, features])), bias: None };
+        let base = Base { weight: ArrayD::<f64>::ones(IxDyn(&[2, features])).into(), bias: None };
         let rng = &mut Pcg64::seed_from_u64(6);
         let config = Config::new(Method::Wora, 1.0);
         let layer = Layer::init(operator.clone(), config, base, rank, init, rng).expect("a layer");
@@ -220,7 +220,7 @@ fn a_unit_without_direction_is_named_or_zero_but_never_nan() {
                         beta: Some(scalar(1.0)),
                     };
                     let operator = Linear { in_features: 3, out_features: 2, fan_in_fan_out: false };
-                    let base = Base { weight: weight.clone().into_dyn(), bias: None };
+                    let base = Base { weight: weight.clone().into_dyn().into(), bias: None };
                     Layer::new(operator, config, base, adapter).expect("a layer")
                 };
                 let x = array![[1.0, 2.0, 3.0]].into_dyn();
@@ -257,7 +257,7 @@ fn a_unit_without_direction_is_named_or_zero_but_never_nan() {
 fn norms_of_tiny_and_huge_weights_neither_vanish_nor_overflow() {
     for size in [1e-30_f32, 1e25] {
         let operator = Linear { in_features: 2, out_features: 1, fan_in_fan_out: false };
-        let base = Base { weight: (array![[3.0, 4.0]] * size).into_dyn(), bias: None };
+        let base = Base { weight: (array![[3.0, 4.0]] * size).into_dyn().into(), bias: None };
         let rng = &mut Pcg64::seed_from_u64(1);
         let layer =
             Layer::init(operator, Config::new(Method::Wora, 1.0), base, 1, LoraInit::default(), rng).expect("a layer");
@@ -272,7 +272,7 @@ fn scaling_every_weight_by_a_power_of_two_changes_no_other_gradient_or_is_refuse
         let layer = trained(Config { norm_gradient: NormGradient::Full, ..Config::new(Method::Wora, 2.0) }, 4);
         let size = 2f64.powi(power);
         let cast = |values: &ArrayD<f64>, size: f64| values.mapv(|value| T::from_f64(value * size));
-        let base = Base { weight: cast(&layer.base().weight, size), bias: None };
+        let base = Base { weight: cast(&layer.base().weight.to_owned(), size).into(), bias: None };
         let from = layer.adapter();
         let adapter = Adapter {
             lora_a: cast(&from.lora_a, 1.0),
@@ -345,7 +345,8 @@ fn tensors_of_any_strides_make_the_same_layer() {
         magnitude: from.magnitude.as_ref().map(reversed),
         ..from.clone()
     };
-    let base = Base { weight: reversed(&good.base().weight), bias: good.base().bias.as_ref().map(reversed) };
+    let base =
+        Base { weight: reversed(&good.base().weight.to_owned()).into(), bias: good.base().bias.as_ref().map(reversed) };
     let strided = Layer::new(OPERATOR, *good.config(), base, adapter).expect("a layer");
     let x = random(&[4, 7], &mut Pcg64::seed_from_u64(2));
     let run = |layer: &Layer<Linear, f64>| layer.forward(x.view().into(), None).expect("y").0;
@@ -356,7 +357,7 @@ fn tensors_of_any_strides_make_the_same_layer() {
 #[test]
 fn what_the_base_weight_is_kept_with_is_taken_from_the_weight_given() {
     let first = trained(Config::new(Method::Wora, 2.0), 1);
-    let base = Base { weight: &first.base().weight * 3.0, ..first.base().clone() };
+    let base = Base { weight: (&first.base().weight * 3.0).into(), ..first.base().clone() };
     let second = Layer::new(OPERATOR, *first.config(), base, first.adapter().clone()).expect("a layer");
     let merged = second.merge().expect("W'");
     let direction = second.direction().expect("norms").expect("a method with a norm");
@@ -374,7 +375,10 @@ fn shapes_and_methods_that_do_not_fit_are_refused_by_name() {
     let wora = *good.config();
     let expect = |message: String, start: &str| assert!(message.starts_with(start), "{message}");
     let zeros = |shape: &[usize]| ArrayD::zeros(shape);
-    expect(refused(wora, &|base, _| base.weight = zeros(&[7, 5])), "base.weight: expected shape [5, 7], found [7, 5]");
+    expect(
+        refused(wora, &|base, _| base.weight = zeros(&[7, 5]).into()),
+        "base.weight: expected shape [5, 7], found [7, 5]",
+    );
     expect(refused(wora, &|base, _| base.bias = Some(zeros(&[7]))), "base.bias: expected shape [5], found [7]");
     expect(refused(wora, &|_, a| a.lora_a = zeros(&[0, 7])), "lora_A: expected shape [rank, 7], rank 1 or more");
     expect(refused(wora, &|_, a| a.lora_a = zeros(&[])), "lora_A: expected shape [rank, 7], rank 1 or more");
@@ -435,7 +439,7 @@ fn every_case_merges_to_what_it_computes_and_unmerges_to_what_it_was() {
         };
         close(&merged, &adapted, "the merged layer");
         match restored {
-            Ok(weight) => close(&weight, case.values("base.weight").expect("W0"), "the restored weight"),
+            Ok(weight) => close(&weight, &case.values("base.weight").expect("W0").to_owned(), "the restored weight"),
             Err(Error::Unmerge { expected, .. }) => {
                 let lost = spec.alpha_beta.1 == 0.0 || matches!(spec.config.zero_norm, ZeroNorm::Zero);
                 assert!(lost, "{}: {expected}", spec.name);

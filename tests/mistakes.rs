@@ -8,7 +8,7 @@ use ndarray::ArrayD;
 use rayon::prelude::*;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
-use woracle::case::{Case, Tensor, Tensors};
+use woracle::case::{Case, Tensor, Tensors, Values};
 use woracle::cases::{Spec, Twist};
 use woracle::gradcheck::{Verdict, Witness, check_mistake, try_mistake};
 use woracle::mistakes::{Backward, Gain, MISTAKES, Mistake, RIGHT, mistake};
@@ -52,7 +52,7 @@ fn digits(mut index: usize, shape: &[usize]) -> Vec<usize> {
     digits
 }
 
-fn float<'a>(case: &'a Case, name: &str) -> &'a ArrayD<f64> {
+fn float<'a>(case: &'a Case, name: &str) -> &'a Values {
     case.values(name).expect("a tensor of the case")
 }
 
@@ -376,7 +376,7 @@ impl<'a> Naive<'a> {
     /// y and every gradient.
     fn results(&self) -> Tensors {
         let float = |(name, tensor): (&String, &Tensor)| match tensor {
-            Tensor::Float(values) => Some((name.clone(), values.clone())),
+            Tensor::Float(values) => Some((name.clone(), values.to_owned())),
             Tensor::Int(_) => None,
         };
         let mut tensors: Tensors = self.case.tensors.iter().filter_map(float).collect();

@@ -28,7 +28,7 @@ fn rows_normalised_by_ndarray_linalg_are_the_merged_weight_over_its_magnitude() 
         beta: Some(scalar(0.8)),
     };
     let operator = Linear { in_features: 40, out_features: 30, fan_in_fan_out: false };
-    let base = Base { weight: weight.into_dyn(), bias: None };
+    let base = Base { weight: weight.into_dyn().into(), bias: None };
     let layer = Layer::new(operator, Config::new(Method::Wora, 2.0), base, adapter).expect("a layer");
 
     let (direction, norms) = normalize(weighted, NormalizeAxis::Row);

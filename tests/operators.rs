@@ -1,6 +1,6 @@
 //! Operators as linear maps: against their terms, against their adjoints, and over random geometry.
 
-use ndarray::{Array2, Array3, ArrayD, Axis, CowArray, IxDyn};
+use ndarray::{ArcArray, Array2, Array3, ArrayD, Axis, CowArray, IxDyn};
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
@@ -285,19 +285,19 @@ fn an_embedding_refuses_what_it_cannot_look_up() {
 #[test]
 fn a_case_that_no_layer_can_run_names_the_tensor_and_the_reason() {
     type Change = fn(&mut Case);
-    let values = |shape: &[usize]| Tensor::Float(ArrayD::ones(IxDyn(shape)));
+    let values = |shape: &[usize]| Tensor::Float(ArcArray::ones(IxDyn(shape)));
     let table: &[(&str, &str, Change, &[&str])] = &[
         (
             "conv2d",
             "conv2d-groups-full",
-            |case| drop(case.tensors.insert("lora_A".into(), Tensor::Float(ArrayD::ones(IxDyn(&[4, 4, 3, 3]))))),
+            |case| drop(case.tensors.insert("lora_A".into(), Tensor::Float(ArcArray::ones(IxDyn(&[4, 4, 3, 3]))))),
             &["lora_A: expected shape [rank, 2, kernel...], found [4, 4, 3, 3]", "PEFT's layout for groups"],
         ),
         (
             "conv2d",
             "conv2d-groups-full",
             |case| {
-                case.tensors.insert("lora_A".into(), Tensor::Float(ArrayD::ones(IxDyn(&[3, 2, 3, 3]))));
+                case.tensors.insert("lora_A".into(), Tensor::Float(ArcArray::ones(IxDyn(&[3, 2, 3, 3]))));
             },
             &["rank: expected a positive multiple of groups = 2, found 3"],
         ),
@@ -322,7 +322,7 @@ fn a_case_that_no_layer_can_run_names_the_tensor_and_the_reason() {
         (
             "embedding",
             "embedding-plain",
-            |case| drop(case.tensors.insert("dropout_mask".into(), Tensor::Float(ArrayD::ones(IxDyn(&[4, 3]))))),
+            |case| drop(case.tensors.insert("dropout_mask".into(), Tensor::Float(ArcArray::ones(IxDyn(&[4, 3]))))),
             &["dropout_mask: expected none: PEFT applies no dropout to ids"],
         ),
         (
@@ -359,7 +359,7 @@ fn a_case_that_no_layer_can_run_names_the_tensor_and_the_reason() {
 fn embedding_and_convolution_start_as_peft_starts_them() {
     let rng = &mut Pcg64::seed_from_u64(3);
     let config = Config::new(Method::Wora, 2.0);
-    let base = Base { weight: random(&[50, 40], rng), bias: None };
+    let base = Base { weight: random(&[50, 40], rng).into(), bias: None };
     let layer = Layer::init(Embedding::new(50, 40), config, base, 30, LoraInit::default(), rng).expect("a layer");
     let adapter = layer.adapter();
     assert!(adapter.lora_a.iter().all(|&a| a == 0.0) && adapter.lora_a.shape() == [30, 50]);
@@ -368,7 +368,7 @@ fn embedding_and_convolution_start_as_peft_starts_them() {
 
     let settings: ConvSettings = serde_json::from_str(r#"{"groups":2}"#).expect("JSON");
     let conv = Conv2d::from_weight_shape(settings, &[6, 4, 3, 3]).expect("a convolution");
-    let base = Base { weight: random(&[6, 4, 3, 3], rng), bias: None };
+    let base = Base { weight: random(&[6, 4, 3, 3], rng).into(), bias: None };
     let layer = Layer::init(conv, config, base, 20, LoraInit::default(), rng).expect("a layer");
     let adapter = layer.adapter();
     assert!(adapter.lora_b.iter().all(|&b| b == 0.0) && adapter.lora_b.shape() == [6, 10, 1, 1]);

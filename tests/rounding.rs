@@ -43,7 +43,7 @@ impl<O: Operator> Stored<'_, O> {
         self.dtype.round(value)
     }
     fn values(&self, name: &str) -> ArrayD<f64> {
-        self.case.values(name).expect("a tensor").clone()
+        self.case.values(name).expect("a tensor").to_owned()
     }
     fn scalar(&self, name: &str) -> f64 {
         self.case.optional(name).expect("a tensor").map_or(1.0, |value| value.sum())
@@ -275,9 +275,9 @@ fn answered(spec: &Spec, layer: usize, seed: u64, dtype: Dtype, way: Way) -> Cas
         let operator = O::from_weight_shape(case.settings().expect("settings"), weight).expect("an operator");
         let x = match &case.tensors["x"] {
             Tensor::Int(ids) => O::Input::from_ids(ids.clone()).expect("ids"),
-            Tensor::Float(values) => O::Input::from_values(values.clone()).expect("values"),
+            Tensor::Float(values) => O::Input::from_values(values.to_owned()).expect("values"),
         };
-        let mask = case.optional("dropout_mask").expect("a mask or none").cloned();
+        let mask = case.optional("dropout_mask").expect("a mask or none").map(|mask| mask.to_owned());
         let config = case.settings().expect("a config");
         Stored::<O> { case, dtype, operator, config, x, mask }.run(way)
     }

@@ -14,7 +14,7 @@ fn random(shape: &[usize], rng: &mut Pcg64) -> ArrayD<f64> {
 fn the_same_in_both<O: Operator>(settings: O::Settings, config: Config, weight: &[usize], x: O::Input<'static, f64>) {
     let mut rng = Pcg64::seed_from_u64(5);
     let operator = O::from_weight_shape(settings, weight).unwrap();
-    let base = Base { weight: random(weight, &mut rng), bias: Some(random(&[operator.units()], &mut rng)) };
+    let base = Base { weight: random(weight, &mut rng).into(), bias: Some(random(&[operator.units()], &mut rng)) };
     let rank = operator.groups();
     let mut layer = Layer::init(operator, config, base, rank, LoraInit::default(), &mut rng).unwrap();
     layer.adapter_mut().into_iter().for_each(|(_, mut values)| values.mapv_inplace(|v| v + rng.random_range(0.1..0.5)));

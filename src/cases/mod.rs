@@ -11,7 +11,7 @@ pub use linear::LINEAR;
 use crate::case::{Case, Tensor};
 use crate::operators::{Input, Operator};
 use crate::wora::{Adapter, Base, Config, Layer, Method, NormAxis, NormGradient, ZeroNorm, magnitude_shape};
-use ndarray::{ArrayD, Axis, IxDyn, Zip};
+use ndarray::{ArcArray, ArrayD, Axis, IxDyn, Zip};
 use rand_pcg::Pcg64;
 use rand_pcg::rand_core::{Rng, SeedableRng};
 use serde_json::{Map, Value};
@@ -139,7 +139,7 @@ impl Draw {
 fn delta<O: Operator>(operator: &O, adapter: &Adapter<f64>) -> ArrayD<f64> {
     let lora = Config::new(Method::Lora, 1.0);
     let pair = Adapter { magnitude: None, alpha: None, beta: None, ..adapter.clone() };
-    let zero = Base { weight: ArrayD::zeros(operator.weight_shape()), bias: None };
+    let zero = Base { weight: ArcArray::zeros(operator.weight_shape()), bias: None };
     let layer = Layer::new(operator.clone(), lora, zero, pair);
     layer.and_then(|layer| layer.merge()).expect("a LoRA layer").weight
 }
@@ -176,7 +176,7 @@ pub fn draw<O: Operator>(spec: &Spec, layer: &str, seed: u64, attempt: u64) -> C
     let (alpha, beta) = spec.alpha_beta;
     let wora = spec.config.method == Method::Wora;
     let mut base = Base {
-        weight: draw.array(spec.weight, |v| v),
+        weight: draw.array(spec.weight, |v| v).into(),
         bias: spec.bias.then(|| draw.array(&[operator.units()], |v| v)),
     };
     let mut adapter = Adapter {
@@ -200,7 +200,7 @@ pub fn draw<O: Operator>(spec: &Spec, layer: &str, seed: u64, attempt: u64) -> C
             adapter.lora_b.index_axis_mut(Axis(0), 0).fill(0.0);
             let mut weight = operator.weight_matrix(base.weight.view()).to_owned();
             weight.row_mut(0).fill(0.0);
-            base.weight = operator.stored_weight(weight);
+            base.weight = operator.stored_weight(weight).into();
         }
         Twist::Cancelling => {
             let factor = -alpha * spec.config.scaling / beta;
@@ -225,7 +225,7 @@ pub fn draw<O: Operator>(spec: &Spec, layer: &str, seed: u64, attempt: u64) -> C
                 }
             }
             let alpha_s = alpha * spec.config.scaling;
-            base.weight = (operator.stored_weight(weighted) - delta(&operator, &adapter) * alpha_s) / beta;
+            base.weight = ((operator.stored_weight(weighted) - delta(&operator, &adapter) * alpha_s) / beta).into();
         }
     }
     let small = |v| if exact { ternary(v) } else { v };
@@ -238,17 +238,17 @@ pub fn draw<O: Operator>(spec: &Spec, layer: &str, seed: u64, attempt: u64) -> C
         None => {
             let values = values.mapv(small);
             let input = O::Input::from_values(values.clone()).expect("values where there are no ids");
-            (Tensor::Float(values), operator.output_shape::<f64>(&input))
+            (Tensor::Float(values.into()), operator.output_shape::<f64>(&input))
         }
     };
     let cotangent = draw.array(&output.expect("an input in a spec"), small);
 
     let mut tensors: Vec<(&str, ArrayD<f64>)> = vec![("grad.y", cotangent)];
     tensors.extend(adapter.named(O::LORA_NAMES).into_iter().map(|(name, values)| (name, values.to_owned())));
-    tensors.push(("base.weight", base.weight));
+    tensors.push(("base.weight", base.weight.into_owned()));
     tensors.extend(base.bias.map(|bias| ("base.bias", bias)));
     tensors.extend(mask.map(|mask| ("dropout_mask", mask)));
-    let tensors = tensors.into_iter().map(|(name, values)| (name.to_string(), Tensor::Float(values)));
+    let tensors = tensors.into_iter().map(|(name, values)| (name.to_string(), Tensor::Float(values.into())));
     Case {
         name: spec.name.into(),
         layer: layer.into(),

@@ -102,12 +102,15 @@ fn examine(subject: &dyn Subject, case: &Case, options: Options) -> Result<Found
 
     let layer = OfCase { subject, case, surrogate: subject.surrogate(case)?, dual: subject.dual(case)? };
     let differentiated = |(name, tensor): (&String, &Tensor)| match tensor {
-        Tensor::Float(values) if expected.contains_key(&format!("grad.{name}")) => Some((name.clone(), values.clone())),
+        Tensor::Float(values) if expected.contains_key(&format!("grad.{name}")) => {
+            Some((name.clone(), values.to_owned()))
+        }
         _ => None,
     };
     let inputs: Tensors = case.tensors.iter().filter_map(differentiated).collect();
-    let (cotangent, y) = (case.values("grad.y")?, layer.forward(&inputs)?);
-    let survey = Survey { function: &layer, inputs: &inputs, cotangent, y: &y, expected: Some(&expected), options };
+    let (cotangent, y) = (case.values("grad.y")?.to_owned(), layer.forward(&inputs)?);
+    let survey =
+        Survey { function: &layer, inputs: &inputs, cotangent: &cotangent, y: &y, expected: Some(&expected), options };
 
     let mut tensors = Vec::new();
     let names = [ours.keys(), single.keys(), defined.keys()].into_iter().flatten();
@@ -191,7 +194,7 @@ impl Function for OfCase<'_> {
     }
     fn forward(&self, inputs: &Tensors) -> Result<ArrayD<f64>> {
         let mut case = self.case.clone();
-        case.tensors.extend(inputs.iter().map(|(name, values)| (name.clone(), Tensor::Float(values.clone()))));
+        case.tensors.extend(inputs.iter().map(|(name, values)| (name.clone(), Tensor::Float(values.clone().into()))));
         (self.surrogate)(&case)
     }
     fn backward(&self, _inputs: &Tensors, _dy: &ArrayD<f64>) -> Result<Tensors> {

@@ -61,13 +61,13 @@ impl Spoiling<'_> {
         let Some(forward) = (self.formula)(formula, case)? else { return Ok(None) };
         let differentiated = case.tensors.iter().filter_map(|(name, tensor)| match tensor {
             Tensor::Float(values) if self.right.contains_key(&format!("grad.{name}")) => {
-                Some((name.clone(), values.clone()))
+                Some((name.clone(), values.to_owned()))
             }
             _ => None,
         });
         let mut results = Tensors::new();
         let cotangent = match case.optional("grad.y")? {
-            Some(cotangent) => cotangent.clone(),
+            Some(cotangent) => cotangent.to_owned(),
             None => ArrayD::zeros(vec![0]),
         };
         let (y, gradients) = gradient(&differentiated.collect(), &cotangent, |inputs| {

@@ -16,7 +16,10 @@
 use super::unfold::{Geometry, PaddingMode, Windows};
 use super::{Operator, Term, in_standard_layout};
 use crate::{Error, Result, Scalar};
-use ndarray::{Array2, ArrayD, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut3, ArrayViewMutD, CowArray, Ix3, IxDyn};
+use ndarray::{
+    Array2, ArrayD, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut2, ArrayViewMut3, ArrayViewMutD, CowArray, Ix3,
+    IxDyn,
+};
 use serde::{Deserialize, Serialize};
 
 /// PyTorch's `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` without their bias: x `[batch, in, size...]` or
@@ -306,8 +309,13 @@ impl<const N: usize> Operator for Conv<N> {
         self.inputs(&windows, pairs, dx); // E47
     }
 
-    fn adjoint_weight<T: Scalar>(&self, x: &Self::Input<'_, T>, dy: ArrayView3<'_, T>) -> Array2<T> {
-        self.weights(&self.windows(x.shape()), self.images(x).view(), dy) // E48
+    fn adjoint_weight_into<T: Scalar>(
+        &self,
+        x: &Self::Input<'_, T>,
+        dy: ArrayView3<'_, T>,
+        mut dweight: ArrayViewMut2<'_, T>,
+    ) {
+        dweight.assign(&self.weights(&self.windows(x.shape()), self.images(x).view(), dy)); // E48
     }
 
     fn terms<T: Scalar>(&self, x: &Self::Input<'_, T>, mut visit: impl FnMut(Term)) {

@@ -12,7 +12,9 @@
 
 use super::{Input, Operator, Term, in_standard_layout};
 use crate::{Error, Result, Scalar};
-use ndarray::{Array2, ArrayD, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut3, ArrayViewMutD, Axis, Ix2, Zip};
+use ndarray::{
+    Array2, ArrayD, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut2, ArrayViewMut3, ArrayViewMutD, Axis, Ix2, Zip,
+};
 use serde::{Deserialize, Serialize};
 
 /// PyTorch's `nn.Embedding`: ids of any shape, y `[..., embedding_dim]`.
@@ -188,7 +190,7 @@ impl Operator for Embedding {
     ) {
     }
 
-    fn adjoint_weight<T: Scalar>(&self, x: &Ids, dy: ArrayView3<'_, T>) -> Array2<T> {
+    fn adjoint_weight_into<T: Scalar>(&self, x: &Ids, dy: ArrayView3<'_, T>, mut dweight: ArrayViewMut2<'_, T>) {
         let scale = T::from_f64(self.embed_scale);
         let fraction = self.fraction(x);
         // Rows of ids, so that what is scattered lies contiguous.
@@ -197,7 +199,7 @@ impl Operator for Embedding {
             let part = fraction.as_ref().map_or(scale, |fraction| scale * T::from_f64(fraction[id]));
             dw.row_mut(id).scaled_add(part, &dy); // E40
         }
-        dw.reversed_axes()
+        dweight.assign(&dw.t());
     }
 
     fn gradient_fraction<T: Scalar>(&self, x: &Ids) -> Option<Vec<f64>> {

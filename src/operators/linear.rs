@@ -11,10 +11,11 @@
 //! ```
 
 use super::{Input, Operator, Term, in_standard_layout};
-use crate::matmul::{Accumulate, product, product_into};
+use crate::matmul::{Accumulate, product_into};
 use crate::{Error, Result, Scalar};
 use ndarray::{
-    Array2, ArrayD, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut3, ArrayViewMutD, Axis, CowArray, Ix2, IxDyn,
+    Array2, ArrayD, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut2, ArrayViewMut3, ArrayViewMutD, Axis, CowArray,
+    Ix2, IxDyn,
 };
 use serde::{Deserialize, Serialize};
 
@@ -152,8 +153,13 @@ impl Operator for Linear {
         }
     }
 
-    fn adjoint_weight<T: Scalar>(&self, x: &Self::Input<'_, T>, dy: ArrayView3<'_, T>) -> Array2<T> {
-        product(dy.index_axis(Axis(2), 0).t(), self.rows(x).view()) // E4
+    fn adjoint_weight_into<T: Scalar>(
+        &self,
+        x: &Self::Input<'_, T>,
+        dy: ArrayView3<'_, T>,
+        dweight: ArrayViewMut2<'_, T>,
+    ) {
+        product_into(T::one(), dy.index_axis(Axis(2), 0).t(), self.rows(x).view(), Accumulate::Replace, dweight); // E4
     }
 
     fn of_units(&self, units: usize) -> Option<Self> {

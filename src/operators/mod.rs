@@ -22,7 +22,8 @@ pub use unfold::PaddingMode;
 
 use crate::{Result, Scalar};
 use ndarray::{
-    Array, Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut3, ArrayViewMutD, Dimension, Slice,
+    Array, Array2, Array3, ArrayBase, ArrayD, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut2, ArrayViewMut3,
+    ArrayViewMutD, Axis, Data, Dimension, Slice,
 };
 
 /// What an operator is applied to: floating-point values, or ids.
@@ -116,8 +117,13 @@ pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
         pairs: &[(ArrayView3<'_, T>, ArrayView2<'_, T>)],
         dx: ArrayViewMutD<'_, T>,
     );
-    /// The adjoint of `W -> op(x, W)` at dy `[outer, units, inner]`: `[units, fan_in]`.
-    fn adjoint_weight<T: Scalar>(&self, x: &Self::Input<'_, T>, dy: ArrayView3<'_, T>) -> Array2<T>;
+    /// The adjoint of `W -> op(x, W)` at dy `[outer, rows, inner]`, into dW `[rows, fan_in]`, whatever it holds.
+    fn adjoint_weight_into<T: Scalar>(
+        &self,
+        x: &Self::Input<'_, T>,
+        dy: ArrayView3<'_, T>,
+        dweight: ArrayViewMut2<'_, T>,
+    );
 
     /// [`Operator::apply_into`] fresh arrays.
     fn apply<T: Scalar>(&self, x: &Self::Input<'_, T>, weights: &[ArrayView2<'_, T>]) -> Vec<Array3<T>> {
@@ -137,6 +143,13 @@ pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
         let mut dx = ArrayD::zeros(x.shape());
         self.adjoint_input_into(x, pairs, dx.view_mut());
         Some(dx)
+    }
+
+    /// [`Operator::adjoint_weight_into`] a fresh array.
+    fn adjoint_weight<T: Scalar>(&self, x: &Self::Input<'_, T>, dy: ArrayView3<'_, T>) -> Array2<T> {
+        let mut dweight = Array2::zeros((dy.len_of(Axis(1)), self.fan_in()));
+        self.adjoint_weight_into(x, dy, dweight.view_mut());
+        dweight
     }
 
     /// The definition: how much of its gradient reaches each column of a weight that the operator is applied to,
@@ -164,8 +177,11 @@ pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
 }
 
 /// The same array in row-major order, copied only where it is in another.
-pub(crate) fn in_standard_layout<E: Clone, D: Dimension>(array: Array<E, D>) -> Array<E, D> {
-    if array.is_standard_layout() { array } else { array.as_standard_layout().into_owned() }
+pub(crate) fn in_standard_layout<E: Clone, S: Data<Elem = E>, D: Dimension>(array: ArrayBase<S, D>) -> ArrayBase<S, D>
+where
+    Array<E, D>: Into<ArrayBase<S, D>>,
+{
+    if array.is_standard_layout() { array } else { array.as_standard_layout().into_owned().into() }
 }
 
 /// The part of an axis of this length that belongs to group q.

@@ -170,7 +170,7 @@ fn from_tensors(file: &TensorFile<'_>, stem: &str) -> Result<CaseFile> {
 /// A tensor, and its type where it is a floating-point one.
 fn tensor(file: &TensorFile<'_>, name: &str, info: &TensorInfo) -> Result<(Tensor, Option<Dtype>)> {
     use safetensors::Dtype as Stored;
-    let float = |values: Result<ArrayD<f64>>, dtype| Ok((Tensor::Float(values?), Some(dtype)));
+    let float = |values: Result<ArrayD<f64>>, dtype| Ok((Tensor::Float(values?.into()), Some(dtype)));
     let int = |ids: Result<ArrayD<i64>>| Ok((Tensor::Int(ids?), None));
     match info.dtype {
         Stored::F64 => float(file.elements(name, info, f64::from_le_bytes), Dtype::F64),

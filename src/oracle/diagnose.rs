@@ -20,7 +20,7 @@ use crate::case::{Case, Tensor, Tensors};
 use crate::mistakes::{Formula, Mistake, RIGHT, Spoiling, forward, of_layer, results};
 use crate::operators::PARALLEL_ELEMENTS;
 use crate::registry::{self, Precision, Subject, with_mistakes};
-use ndarray::ArrayD;
+use ndarray::{ArrayD, ArrayRef, IxDyn};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -130,7 +130,7 @@ fn right(subject: &dyn Subject, case: &Case) -> Result<Tensors> {
 
 /// Somebody's answers, and how far off each may be.
 struct Evidence<'a> {
-    answers: Vec<(&'a str, &'a ArrayD<f64>, &'a ArrayD<f64>)>,
+    answers: Vec<(&'a str, &'a ArrayRef<f64, IxDyn>, &'a ArrayD<f64>)>,
     right: &'a Tensors,
     /// The largest error over its bound where nothing is wrong.
     unexplained: f64,
@@ -139,7 +139,7 @@ struct Evidence<'a> {
 impl<'a> Evidence<'a> {
     fn new(file: &'a CaseFile, expected: &'a Expected) -> Self {
         let answers = expected.bounds_of_mistakes().iter().filter_map(|(name, bound)| match &file.case.tensors[name] {
-            Tensor::Float(actual) => Some((name.as_str(), actual, bound)),
+            Tensor::Float(actual) => Some((name.as_str(), &**actual, bound)),
             Tensor::Int(_) => None,
         });
         let mut evidence = Self { answers: answers.collect(), right: &expected.witnesses[0], unexplained: 0.0 };
@@ -180,7 +180,7 @@ impl<'a> Evidence<'a> {
 
 /// The largest error over its bound, and the sum of squares, of answers that should be `wrong`. Its bound is that of the
 /// right result, as much wider as the wrong one is larger.
-fn errors(actual: &ArrayD<f64>, wrong: &ArrayD<f64>, right: &ArrayD<f64>, bound: &ArrayD<f64>) -> (f64, f64) {
+fn errors(actual: &ArrayRef<f64, IxDyn>, wrong: &ArrayD<f64>, right: &ArrayD<f64>, bound: &ArrayD<f64>) -> (f64, f64) {
     let size = |values: &ArrayD<f64>| {
         let finite = values.iter().filter(|value| value.is_finite());
         (finite.map(|value| value * value).sum::<f64>() / values.len().max(1) as f64).sqrt()

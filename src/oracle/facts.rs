@@ -4,7 +4,7 @@
 use super::verify::{Expected, TensorVerdict, Verdict};
 use super::{CaseFile, Dtype};
 use crate::case::{Tensor, unravel};
-use ndarray::{ArrayD, Axis};
+use ndarray::{ArrayD, ArrayRef, Axis, IxDyn};
 use std::collections::BTreeMap;
 
 /// What there is to say of a failed answer, if there is.
@@ -13,7 +13,7 @@ type Fact<'a> = dyn Fn(&Failed<'_>) -> Option<String> + 'a;
 /// A failed answer.
 struct Failed<'a> {
     name: &'a str,
-    actual: &'a ArrayD<f64>,
+    actual: &'a ArrayRef<f64, IxDyn>,
     expected: &'a ArrayD<f64>,
     bound: &'a ArrayD<f64>,
 }
@@ -124,7 +124,7 @@ fn constant_ratio_along_an_axis(failed: &Failed<'_>) -> Option<String> {
         let lines = 0..failed.actual.len_of(Axis(axis));
         let ratios: Option<Vec<f64>> = lines
             .map(|line| {
-                let of = |values: &ArrayD<f64>| values.index_axis(Axis(axis), line).to_owned();
+                let of = |values: &ArrayRef<f64, IxDyn>| values.index_axis(Axis(axis), line).to_owned();
                 let (actual, expected, bound) = (of(failed.actual), of(failed.expected), of(failed.bound));
                 let one = Failed { name: failed.name, actual: &actual, expected: &expected, bound: &bound };
                 if one.is(&expected) {
@@ -156,7 +156,7 @@ fn transposed(failed: &Failed<'_>) -> Option<String> {
 fn permuted(failed: &Failed<'_>) -> Option<String> {
     let axes = 0..failed.actual.ndim();
     axes.filter(|&axis| (2..=4096).contains(&failed.actual.len_of(Axis(axis)))).find_map(|axis| {
-        let line = |values: &ArrayD<f64>, index: usize| values.index_axis(Axis(axis), index).to_owned();
+        let line = |values: &ArrayRef<f64, IxDyn>, index: usize| values.index_axis(Axis(axis), index).to_owned();
         let count = failed.actual.len_of(Axis(axis));
         let find = |index: usize| {
             let (actual, bound) = (line(failed.actual, index), line(failed.bound, index));

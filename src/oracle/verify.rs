@@ -6,7 +6,7 @@
 //! use woracle::{case::Tensor, registry};
 //! let linear = registry::layer("linear")?;
 //! let mut case = linear.draw(&linear.specs()[0], 0);
-//! case.tensors.insert("y".into(), Tensor::Float(linear.define(&case)?["y"].clone()));
+//! case.tensors.insert("y".into(), Tensor::Float(linear.define(&case)?["y"].clone().into()));
 //! let tensors = verify(&CaseFile::new(case, Dtype::F64), Tolerance::default())?;
 //! assert_eq!((tensors[0].name.as_str(), tensors[0].verdict), ("y", Verdict::Pass));
 //! # Ok::<(), woracle::Error>(())
@@ -19,7 +19,7 @@ use crate::operators::PARALLEL_ELEMENTS;
 use crate::registry;
 use crate::wora::SCALE_NAMES;
 use crate::{Error, Result};
-use ndarray::ArrayD;
+use ndarray::{ArrayD, ArrayRef, IxDyn};
 use rayon::prelude::*;
 use serde::Serialize;
 use std::borrow::Cow;
@@ -215,15 +215,15 @@ fn answers<'a>(case: &'a Case, layer: &dyn registry::Subject) -> Result<Vec<&'a 
 
 fn judge<'a>(
     name: &str,
-    actual: &ArrayD<f64>,
+    actual: &ArrayRef<f64, IxDyn>,
     witnesses: impl Iterator<Item = &'a ArrayD<f64>>,
     bound: &ArrayD<f64>,
     dtype: Dtype,
 ) -> TensorVerdict {
-    fn elements(values: &ArrayD<f64>) -> Cow<'_, [f64]> {
+    fn elements(values: &ArrayRef<f64, IxDyn>) -> Cow<'_, [f64]> {
         values.as_slice().map_or_else(|| values.iter().copied().collect(), Cow::from)
     }
-    let witnesses: Vec<_> = witnesses.map(elements).collect();
+    let witnesses: Vec<_> = witnesses.map(|witness| elements(witness)).collect();
     let (actuals, bounds) = (elements(actual), elements(bound));
     let add = |mut errors: Errors, element: usize| {
         let of = |witness: &Cow<'_, [f64]>| {

@@ -6,15 +6,15 @@ use super::{Config, Method};
 use crate::error::{check_finite, check_shape};
 use crate::operators::Operator;
 use crate::{Error, NormAxis, Result, Scalar};
-use ndarray::{ArrayD, ArrayViewD, ArrayViewMutD, Axis, IxDyn};
+use ndarray::{ArcArray, ArrayD, ArrayViewD, ArrayViewMutD, Axis, IxDyn};
 use rand::{Rng, RngExt};
 use rand_distr::StandardNormal;
 
 /// The frozen layer under an adapter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Base<E> {
-    /// W0, as stored: linear `[out, in]`, or `[in, out]` with fan_in_fan_out.
-    pub weight: ArrayD<E>,
+    /// W0, as stored: linear `[out, in]`, or `[in, out]` with fan_in_fan_out. Whoever has it already shares it.
+    pub weight: ArcArray<E, IxDyn>,
     /// b: `[out]`.
     pub bias: Option<ArrayD<E>>,
 }

@@ -9,7 +9,7 @@
 //! let scalar = |value: f64| ndarray::ArrayD::from_elem(ndarray::IxDyn(&[]), value);
 //! let definition = Definition {
 //!     operator: &operator, config: &config, input: &x.view().into(), x: Some(x.clone()), mask: None,
-//!     base: Base { weight: array![[3.0, 2.0]].into_dyn(), bias: None },
+//!     base: Base { weight: array![[3.0, 2.0]].into_dyn().into(), bias: None },
 //!     adapter: Adapter {
 //!         lora_a: array![[0.0, 1.0]].into_dyn(), lora_b: array![[2.0]].into_dyn(),
 //!         magnitude: Some(array![10.0].into_dyn()), alpha: Some(scalar(1.0)), beta: Some(scalar(1.0)),

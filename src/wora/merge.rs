@@ -7,7 +7,7 @@
 //! # use rand::SeedableRng;
 //! # use woracle::{operators::Linear, wora::{Base, Config, Layer, LoraInit, Method}};
 //! # let operator = Linear { in_features: 3, out_features: 2, fan_in_fan_out: false };
-//! # let base = Base { weight: array![[1.0, 2.0, 2.0], [0.0, 3.0, 4.0]].into_dyn(), bias: None };
+//! # let base = Base { weight: array![[1.0, 2.0, 2.0], [0.0, 3.0, 4.0]].into_dyn().into(), bias: None };
 //! # let mut rng = rand_pcg::Pcg64::seed_from_u64(1);
 //! # let layer = Layer::init(operator, Config::new(Method::Wora, 2.0), base, 1, LoraInit::default(), &mut rng)?;
 //! let merged = layer.merge()?;

@@ -35,11 +35,11 @@ impl Cotangent {
         let outputs = dy.len_of(Axis(0)) * dy.len_of(Axis(2));
         let chain = passes.storage.of_sum(outputs);
         let of_unit = |values: &Array3<f64>| {
-            let terms = Zip::from(dy).and(values).par_map_collect(|dy, value| dy * value);
+            let terms = Zip::from(&dy).and(values).par_map_collect(|dy, value| dy * value);
             channel_products(terms.view(), terms.view())
         };
         let (p_terms, z_terms) = (of_unit(&cache.base_output), of_unit(&passes.mixed));
-        let dy_sq = square(dy);
+        let dy_sq = square(&dy);
         let gained = &layer.b() * &passes.gain_out.view().insert_axis(Axis(1));
         let t = mix_adjoint_input(gained.view(), dy.view(), groups);
         let t_terms = mix_adjoint_input(square(&gained).view(), dy_sq.view(), groups);
@@ -72,7 +72,7 @@ fn du<O: Operator>(passes: &Passes<'_, '_, O>, values: &Gradients<f64>, t: &Arra
     if cache.dropped.is_none() && layer.config.norm_axis == NormAxis::Output {
         return values.x.clone();
     }
-    let h_beta = passes.dy() * &(&passes.gain_out * passes.beta).insert_axis(Axis(1));
+    let h_beta = &passes.dy() * &(&passes.gain_out * passes.beta).insert_axis(Axis(1));
     let t = t * passes.gamma;
     let pairs = [(h_beta.view(), layer.weight()), (t.view(), layer.a())];
     layer.operator.adjoint_input(&cache.x, &pairs)

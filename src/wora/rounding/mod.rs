@@ -7,6 +7,7 @@
 
 mod cotangent;
 mod operands;
+mod row;
 mod rows;
 #[cfg(test)]
 mod tests;
@@ -16,7 +17,8 @@ use crate::Scalar;
 use crate::operators::{Input, Operator, channel_sums, in_standard_layout, mix_adjoint_weight, mix_into};
 use cotangent::Cotangent;
 use ndarray::{
-    Array1, Array2, Array3, ArrayBase, ArrayD, ArrayView1, ArrayViewD, Axis, CowArray, Dimension, Ix2, RawData, Zip,
+    Array1, Array2, Array3, ArrayBase, ArrayD, ArrayView1, ArrayView3, ArrayViewD, Axis, CowArray, Data, Dimension,
+    Ix2, Ix3, RawData, Zip,
 };
 use operands::{Magnitudes, Operands, Units};
 use rows::{Backward, RowErrors, Rows, Terms, WeightErrors};
@@ -97,8 +99,16 @@ fn root<D: Dimension>(mut squares: ndarray::Array<f64, D>) -> ndarray::Array<f64
     squares
 }
 
-fn square<D: Dimension>(values: &ndarray::Array<f64, D>) -> ndarray::Array<f64, D> {
+fn square<S: Data<Elem = f64>, D: Dimension>(values: &ArrayBase<S, D>) -> ndarray::Array<f64, D> {
     Zip::from(values).par_map_collect(|v| v * v)
+}
+
+/// The same values in another shape: copied only where they lie in another order.
+fn in_shape(values: ArrayViewD<'_, f64>, shape: (usize, usize, usize)) -> CowArray<'_, f64, Ix3> {
+    if values.is_standard_layout() {
+        return values.into_shape_with_order(shape).expect("as many elements").into();
+    }
+    values.to_shape(shape).expect("as many elements").into_owned().into()
 }
 
 /// Forward and backward at a point.
@@ -117,14 +127,14 @@ struct Passes<'a, 'x, O: Operator> {
     /// Z = B U: `[outer, units, inner]`
     mixed: Array3<f64>,
     /// `[outer, units, inner]`
-    dy: Option<Array3<f64>>,
+    dy: Option<CowArray<'a, f64, Ix3>>,
 }
 
 impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
     fn new(
         layer: &'a Layer<O, f64>,
         cache: &'a Cache<'x, O, f64>,
-        dy: Option<ArrayViewD<'_, f64>>,
+        dy: Option<ArrayViewD<'a, f64>>,
         results: &'a Evaluation<f64>,
         storage: Storage,
     ) -> Self {
@@ -147,7 +157,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             gain_out: or_ones(gain_out, layer.operator.units()),
             gain_in: or_ones(gain_in, layer.operator.fan_in()),
             mixed,
-            dy: dy.map(|dy| dy.to_shape(shape).expect("as many as y").into_owned()),
+            dy: dy.map(|dy| in_shape(dy, shape)),
         }
     }
 
@@ -155,11 +165,14 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
     /// `None` where P has not the range for them.
     fn errors<P: Scalar>(&self, cotangent: Option<&Cotangent>, block: usize) -> Option<Evaluation<f64>> {
         let (layer, results, cache) = (self.layer, self.results, self.cache);
-        let operands = Operands::<O, P>::new(&layer.operator, cache, self.dy.as_ref());
+        let operands = Operands::<O, P>::new(&layer.operator, cache, self.dy.as_ref().map(|dy| dy.view()));
         let factors = layer.factors();
         let of_norm = self.storage.of_total(factors.base.ncols());
         let rows = Rows::new(factors, cache.direction.as_ref(), [of_norm, self.chain_of_all()], self.tiny_sq);
-        let of_base = cache.dropped.as_ref().map_or(Magnitudes::NONE, |_| Magnitudes::of(&layer.base.weight).squared());
+        let of_base = cache
+            .dropped
+            .as_ref()
+            .map_or(Magnitudes::NONE, |_| Magnitudes::of_array(layer.base.weight.view()).squared());
         let chain = self.chain_of_outputs();
 
         let mut sums = Sums::new(self, &rows);
@@ -185,6 +198,9 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             operands.add_outputs(&units, self.as_weight(terms.of_outputs.view()), sums.y.view_mut());
             if let Some(dx) = &mut sums.x {
                 operands.add_inputs(&units, self.as_weight(terms.of_inputs.view()), dx);
+            }
+            if let Some(dmerged) = dmerged {
+                operands.recycle(dmerged);
             }
         }
 
@@ -238,8 +254,8 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         self.storage.of_total(self.layer.base.weight.len())
     }
 
-    fn dy(&self) -> &Array3<f64> {
-        self.dy.as_ref().expect("a cotangent")
+    fn dy(&self) -> ArrayView3<'_, f64> {
+        self.dy.as_ref().expect("a cotangent").view()
     }
 
     /// W0 in the type that products are computed in.
@@ -297,7 +313,10 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let lora_b =
             lora_b + mix_adjoint_weight(h_sq.view(), u_sq.view(), operator.groups()) * (chain + of_outputs + 1.0); // E69
         let x_sq = self.cache.adapted_input();
-        let x_sq = x_sq.values().and_then(|x| O::Input::from_values(x.mapv(|x| x * x))).unwrap_or_else(|| x_sq.clone());
+        let x_sq = x_sq
+            .values()
+            .and_then(|x| O::Input::from_values(Zip::from(x).par_map_collect(|x| x * x)))
+            .unwrap_or_else(|| x_sq.clone());
         let mut of_t = operator.power(2).adjoint_weight(&x_sq, t_error.view()) * square(&self.gain_in) * (chain + 2.0);
         if let Some(fraction) = &cotangent.fraction {
             of_t *= &square(fraction);
@@ -360,9 +379,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         if let Some(direction) = &self.cache.direction {
             // Contracted over a row, whose elements have the errors of g and of k in common: g X right^T and V right^T.
             let direct = match config.norm_axis {
-                NormAxis::Output => {
-                    mix_adjoint_weight(self.dy().view(), self.cache.lora_output.view(), operator.groups())
-                }
+                NormAxis::Output => mix_adjoint_weight(self.dy(), self.cache.lora_output.view(), operator.groups()),
                 NormAxis::Input => operator.adjoint_weight(self.cache.adapted_input(), t.view()).reversed_axes(),
             };
             let column = |values: &Array1<f64>| values.clone().insert_axis(Axis(1));

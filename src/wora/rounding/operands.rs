@@ -3,9 +3,11 @@
 
 use crate::Scalar;
 use crate::operators::{Input, Operator};
-use crate::wora::Cache;
+use crate::simd::magnitudes;
+use crate::wora::{Cache, Workspace};
 use ndarray::{
-    Array, Array2, Array3, ArrayD, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut3, Axis, Dimension, Ix3, Zip,
+    Array, Array2, Array3, ArrayD, ArrayView, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut3, Axis, Dimension, Ix2,
+    Ix3, Zip,
 };
 use rayon::prelude::*;
 
@@ -19,14 +21,14 @@ pub(super) struct Magnitudes {
 impl Magnitudes {
     pub const NONE: Self = Self { least: f64::INFINITY, most: 0.0 };
 
-    pub fn of<'v>(values: impl IntoIterator<Item = &'v f64>) -> Self {
-        values.into_iter().fold(Self::NONE, |range, value| range.with(value.abs()))
+    pub fn of(values: &[f64]) -> Self {
+        let [least, most] = magnitudes(values);
+        Self { least, most }
     }
 
-    /// With a magnitude more.
-    pub fn with(self, magnitude: f64) -> Self {
-        let least = if magnitude > 0.0 && magnitude < self.least { magnitude } else { self.least };
-        Self { least, most: if magnitude > self.most { magnitude } else { self.most } }
+    /// Of an array in whatever order.
+    pub fn of_array<D: Dimension>(values: ArrayView<'_, f64, D>) -> Self {
+        values.as_slice_memory_order().map_or_else(|| Self::of(&values.iter().copied().collect::<Vec<_>>()), Self::of)
     }
 
     pub fn and(self, other: Self) -> Self {
@@ -67,16 +69,18 @@ pub(super) struct Operands<O: Operator, P: Scalar> {
     x_scale: f64,
     dy_scale: f64,
     range: [Magnitudes; 2],
+    /// What products of some units leave to those of the next.
+    workspace: Workspace<P>,
 }
 
 impl<O: Operator, P: Scalar> Operands<O, P> {
     /// `dy` in the shape of P: `[outer, units, inner]`.
-    pub fn new(operator: &O, cache: &Cache<'_, O, f64>, dy: Option<&Array3<f64>>) -> Self {
+    pub fn new(operator: &O, cache: &Cache<'_, O, f64>, dy: Option<ArrayView3<'_, f64>>) -> Self {
         let inputs = [Some(cache.adapted_input()), cache.dropped.as_ref().map(|_| &cache.x)];
         let inputs: Vec<_> = inputs.into_iter().flatten().collect();
         let values = || inputs.iter().filter_map(|x| x.values());
-        let of_x = values().fold(Magnitudes::NONE, |range, values| range.and(Magnitudes::of(&values)));
-        let of_dy = dy.map_or(Magnitudes::NONE, Magnitudes::of);
+        let of_x = values().fold(Magnitudes::NONE, |range, values| range.and(Magnitudes::of_array(values)));
+        let of_dy = dy.map_or(Magnitudes::NONE, Magnitudes::of_array);
         let (x_scale, dy_scale) = (of_x.scale(), of_dy.scale());
         let ids = |x: &O::Input<'_, f64>| x.ids().and_then(|ids| O::Input::from_ids(ids.to_owned())).expect("ids");
         let of = |x: &O::Input<'_, f64>| match x.values() {
@@ -89,7 +93,7 @@ impl<O: Operator, P: Scalar> Operands<O, P> {
         };
         let with_units = |values: ArrayD<P>| values.into_dimensionality::<Ix3>().expect("[outer, units, inner]");
         let dy = dy.map(|dy| {
-            let Squared { values, squares } = squared(dy.view().into_dyn(), dy_scale);
+            let Squared { values, squares } = squared(dy.into_dyn(), dy_scale);
             Squared { values: with_units(values), squares: with_units(squares) }
         });
         Self {
@@ -100,6 +104,7 @@ impl<O: Operator, P: Scalar> Operands<O, P> {
             x_scale,
             dy_scale,
             range: [of_x, of_dy],
+            workspace: Workspace::default(),
         }
     }
 
@@ -118,11 +123,13 @@ impl<O: Operator, P: Scalar> Operands<O, P> {
     /// `y += op2(x~^2, W)` for the W of some units: y `[outer, units, inner]`.
     pub fn add_outputs(&self, units: &Units, weight: ArrayView2<'_, P>, y: ArrayViewMut3<'_, f64>) {
         let scale = self.x_scale.powi(2);
-        let sums = units.of(&self.squared).apply(&self.inputs[0].squares, &[weight]).swap_remove(0);
-        let (mut y, sums) = (units.slice_mut(y), sums.axis_iter(Axis(0)).into_par_iter());
-        y.axis_iter_mut(Axis(0)).into_par_iter().zip(sums).for_each(|(mut y, sums)| {
+        let mut y = units.slice_mut(y);
+        let mut sums = self.workspace.array(y.raw_dim());
+        units.of(&self.squared).apply_into(&self.inputs[0].squares, &[weight], vec![sums.view_mut()]);
+        y.axis_iter_mut(Axis(0)).into_par_iter().zip(sums.axis_iter(Axis(0))).for_each(|(mut y, sums)| {
             y.zip_mut_with(&sums, |y, &sum| *y += sum.as_f64() * scale);
         });
+        self.workspace.recycle(sums);
     }
 
     /// `l op2(x^2, W^2) + op(x, W)^2`, for `x~` and for x, of the whole W.
@@ -139,8 +146,10 @@ impl<O: Operator, P: Scalar> Operands<O, P> {
     /// `dx += op2*(dy^2, W)` for the W of some units, in the shape of x.
     pub fn add_inputs(&self, units: &Units, weight: ArrayView2<'_, P>, dx: &mut ArrayD<f64>) {
         let (scale, dy_sq) = (self.dy_scale.powi(2), units.slice(self.dy().squares.view()));
-        let sums = units.of(&self.squared).adjoint_input(&self.inputs[0].squares, &[(dy_sq, weight)]).expect("values");
+        let mut sums = self.workspace.array(dx.raw_dim());
+        units.of(&self.squared).adjoint_input_into(&self.inputs[0].squares, &[(dy_sq, weight)], sums.view_mut());
         Zip::from(dx).and(&sums).par_for_each(|dx, &sum| *dx += sum.as_f64() * scale);
+        self.workspace.recycle(sums);
     }
 
     /// `l op2*(dy^2, W^2) + op*(dy, W)^2`, in the shape of x, of the whole W.
@@ -169,9 +178,19 @@ impl<O: Operator, P: Scalar> Operands<O, P> {
 
     fn weights_of(&self, units: &Units, x: &Squared<O::Input<'static, P>>) -> [(Array2<P>, f64); 2] {
         let (dy, scale) = (self.dy(), self.x_scale * self.dy_scale);
-        let whole = units.of(&self.operator).adjoint_weight(&x.values, units.slice(dy.values.view()));
-        let terms = units.of(&self.squared).adjoint_weight(&x.squares, units.slice(dy.squares.view()));
+        let of = |operator: &O, x: &O::Input<'_, P>, dy: ArrayView3<'_, P>| {
+            let mut sums = self.workspace.array(Ix2(units.range.len(), operator.fan_in()));
+            units.of(operator).adjoint_weight_into(x, units.slice(dy), sums.view_mut());
+            sums
+        };
+        let whole = of(&self.operator, &x.values, dy.values.view());
+        let terms = of(&self.squared, &x.squares, dy.squares.view());
         [(whole, scale), (terms, scale * scale)]
+    }
+
+    /// Leaves what [`Operands::weights`] has returned to the next units.
+    pub fn recycle(&self, weights: [(Array2<P>, f64); 2]) {
+        weights.into_iter().for_each(|(weights, _)| self.workspace.recycle(weights));
     }
 
     fn dy(&self) -> &Squared<Array3<P>> {

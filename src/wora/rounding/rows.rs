@@ -3,11 +3,13 @@
 //! With `norm_axis = "input"` rows are columns of the weight: `left` is then A and `right` B.
 
 use super::operands::Magnitudes;
+use super::row::{Dmerged, Gain, Mixing, Row, narrow};
 use crate::Scalar;
 use crate::matmul::{Accumulate, product_into_on_this_thread};
+use crate::simd::dot_squares;
 use crate::wora::NormGradient;
 use crate::wora::direction::{Direction, Factors};
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, Slice, Zip};
+use ndarray::{Array1, Array2, ArrayBase, ArrayView2, ArrayViewMut2, Axis, DataMut, Ix2, Slice};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -137,28 +139,27 @@ pub(super) struct Backward<'a, P> {
     pub norm_gradient: NormGradient,
 }
 
-/// Some rows of D = B A, of one group.
-struct Deltas {
+/// A few rows of one group, which are multiplied by the low-rank factors together; the memory is the next ones' too.
+struct Few {
     rows: Range<usize>,
     /// Their rows of `right`.
     ranks: Range<usize>,
+    /// D = B A
     delta: Array2<f64>,
     /// `sum_k left^2 right^2`
-    terms: Array2<f64>,
+    delta_terms: Array2<f64>,
+    /// The error of dV
+    dweighted_error: Array2<f64>,
+    /// The error of what of dV reaches A and W0
+    looked_up_error: Array2<f64>,
 }
 
-/// One row of the weight.
-struct Row<'a> {
-    /// Which one.
-    i: usize,
-    /// W0
-    base: ArrayView1<'a, f64>,
-    /// D
-    delta: ArrayView1<'a, f64>,
-    delta_error: Array1<f64>,
-    /// V
-    weighted: Array1<f64>,
-    weighted_error: Array1<f64>,
+impl Few {
+    fn new(columns: usize) -> Self {
+        let rows = || Array2::zeros((TOGETHER, columns));
+        let (delta, delta_terms, dweighted_error, looked_up_error) = (rows(), rows(), rows(), rows());
+        Self { rows: 0..0, ranks: 0..0, delta, delta_terms, dweighted_error, looked_up_error }
+    }
 }
 
 impl<'a> Rows<'a> {
@@ -179,58 +180,52 @@ impl<'a> Rows<'a> {
         rows.div_ceil(PARTS).max(ELEMENTS / columns.max(1)).max(1)
     }
 
-    /// D of these rows, a few at a time.
-    fn deltas(&self, rows: Range<usize>) -> impl Iterator<Item = Deltas> + '_ {
-        let Factors { base, left, right, groups, .. } = self.factors;
+    /// These rows, a few of one group at a time, and their rows of `right`.
+    fn in_fews(&self, rows: Range<usize>) -> impl Iterator<Item = [Range<usize>; 2]> + use<> {
+        let Factors { base, left, groups, .. } = self.factors;
         let (in_group, rank) = (base.nrows() / groups, left.ncols());
         let mut start = rows.start;
         std::iter::from_fn(move || {
             let group = start / in_group;
             let end = (start + TOGETHER).min(rows.end).min((group + 1) * in_group);
-            (start < rows.end).then(|| {
-                let rows = std::mem::replace(&mut start, end)..end;
-                let ranks = group * rank..(group + 1) * rank;
-                let product = |left: ArrayView2<'_, f64>, right: ArrayView2<'_, f64>| {
-                    let mut product = Array2::zeros((rows.len(), right.ncols()));
-                    let (left, right) = (part(left, &rows), part(right, &ranks));
-                    product_into_on_this_thread(1.0, left, right, Accumulate::Replace, product.view_mut());
-                    product
-                };
-                let (delta, terms) = (product(left, right), product(self.left_sq.view(), self.right_sq.view()));
-                Deltas { rows, ranks, delta, terms }
-            })
+            let few = std::mem::replace(&mut start, end)..end;
+            (!few.is_empty()).then(|| [few, group * rank..(group + 1) * rank])
         })
     }
 
-    /// The stages of one of them.
-    fn row<'d>(&'d self, deltas: &'d Deltas, i: usize) -> Row<'d> {
-        let Factors { base, alpha, scaling, beta, .. } = &self.factors;
-        let (gamma, gamma_sq, beta_sq, tiny_sq) =
-            (alpha * scaling, (alpha * scaling).powi(2), beta * beta, self.tiny_sq);
-        let (base, delta) = (base.row(i), deltas.delta.row(i - deltas.rows.start));
-        let terms = deltas.terms.row(i - deltas.rows.start);
-        let delta_error = Zip::from(delta).and(terms).map_collect(|&delta, &terms| terms + delta * delta + tiny_sq); // E55
-        let weighted = Zip::from(delta).and(base).map_collect(|&delta, &w| gamma * delta + beta * w);
-        let weighted_error =
-            Zip::from(delta).and(&delta_error).and(base).and(&weighted).map_collect(|&delta, &error, &w, &v| {
-                gamma_sq * (error + delta * delta) + beta_sq * w * w + v * v + tiny_sq // E56
-            });
-        Row { i, base, delta, delta_error, weighted, weighted_error }
+    /// D of these rows.
+    fn multiply(&self, [rows, ranks]: [Range<usize>; 2], few: &mut Few) {
+        let Factors { left, right, .. } = self.factors;
+        let product = |left: ArrayView2<'_, f64>, right: ArrayView2<'_, f64>, product: &mut Array2<f64>| {
+            let product = product.slice_axis_mut(Axis(0), Slice::from(..rows.len()));
+            let (left, right) = (part(left, &rows), part(right, &ranks));
+            product_into_on_this_thread(1.0, left, right, Accumulate::Replace, product);
+        };
+        product(left, right, &mut few.delta);
+        product(self.left_sq.view(), self.right_sq.view(), &mut few.delta_terms);
+        (few.rows, few.ranks) = (rows, ranks);
+    }
+
+    /// The stages of one of them, `nth` among them.
+    fn set(&self, few: &Few, nth: usize, row: &mut Row) {
+        let Factors { base, alpha, scaling, beta, .. } = self.factors;
+        let mixing = Mixing { gamma: alpha * scaling, beta, tiny_sq: self.tiny_sq };
+        let [delta, terms] = [&few.delta, &few.delta_terms].map(|rows| rows.row(nth).to_slice().expect("contiguous"));
+        row.i = few.rows.start + nth;
+        row.set(mixing, base.row(row.i), delta, terms);
     }
 
     /// Of n and of g, relative.
-    fn norm_error(&self, row: &Row<'_>) -> [f64; 2] {
+    fn norm_error(&self, row: &Row) -> [f64; 2] {
         let Some(Direction { norm, weight_norm, .. }) = self.direction else { return [0.0, 0.0] };
         let (Factors { alpha, scaling, beta, .. }, i) = (self.factors, row.i);
         if weight_norm[i] == 0.0 {
             return [0.0, 1.0];
         }
-        let apart = row.weighted.dot(&(&row.weighted * &row.weighted_error));
         // What alpha s and beta are rounded by reaches every element alike.
-        let lora = alpha * scaling * row.weighted.dot(&row.delta);
-        let of_base = beta * row.weighted.dot(&row.base);
-        let relative = (apart + lora * lora + of_base * of_base) / (norm[i] * weight_norm[i]).powi(2); // E57
-        let relative = relative + 3.0 + (self.chain - 1.0) / 4.0; // E57
+        let (lora, of_base) = (alpha * scaling * row.of_delta, beta * row.of_base);
+        let sum = dot_squares(&row.weighted, &row.weighted_error) + lora * lora + of_base * of_base;
+        let relative = sum / (norm[i] * weight_norm[i]).powi(2) + 3.0 + (self.chain - 1.0) / 4.0; // E57
         [relative, relative + 1.0] // E58
     }
 
@@ -258,42 +253,50 @@ impl<'a> Rows<'a> {
             merged.axis_chunks_iter_mut(Axis(0), chunk).into_par_iter(),
             dweighted.axis_chunks_iter_mut(Axis(0), chunk).into_par_iter(),
         );
-        let of_chunks = chunks.into_par_iter().enumerate().map(|(nth, chunks)| {
-            let (mut terms, mut both, mut weighted, mut merged, mut dweighted) = chunks;
-            let first = rows.start + nth * chunk;
-            let mut errors = RowErrors::none(terms.nrows(), &self.factors);
-            let mut magnitudes = Magnitudes::NONE;
-            for deltas in self.deltas(first..first + terms.nrows()) {
-                let mut gradients = backward.map(|_| GradientRows::new(deltas.rows.len(), columns));
-                for (nth, i) in deltas.rows.clone().enumerate() {
-                    let (at, row) = (i - first, self.row(&deltas, i));
-                    [errors.norm[at], errors.gain[at]] = self.norm_error(&row);
-                    let gain = errors.gain[at];
-                    magnitudes = magnitudes.and(self.terms(&row, gain, chain, terms.row_mut(at)));
-                    if !both.is_empty() {
-                        both.row_mut(at).assign(&terms.row(at));
-                        self.add_merged(&row, gain, both.row_mut(at));
+        let of_chunks = chunks.into_par_iter().enumerate().map_init(
+            || (Few::new(columns), Row::new(columns)),
+            |(few, row), (nth, chunks)| {
+                let (mut terms, mut both, mut weighted, mut merged, mut dweighted) = chunks;
+                let first = rows.start + nth * chunk;
+                let mut errors = RowErrors::none(terms.nrows(), &self.factors);
+                let mut magnitudes = Magnitudes::NONE;
+                for rows_of_few in self.in_fews(first..first + terms.nrows()) {
+                    self.multiply(rows_of_few, few);
+                    for (nth, i) in few.rows.clone().enumerate() {
+                        let at = i - first;
+                        self.set(few, nth, row);
+                        [errors.norm[at], errors.gain[at]] = self.norm_error(row);
+                        let gain = Gain { gain: self.gain(i), error: errors.gain[at], tiny_sq: self.tiny_sq };
+                        let sums = row.terms(gain, chain);
+                        magnitudes = magnitudes.and(Magnitudes::of(sums));
+                        narrow(sums, (1.0 + chain) * self.tiny_sq, contiguous(&mut terms, at)); // E60
+                        if !both.is_empty() {
+                            both.row_mut(at).assign(&terms.row(at));
+                            row.add_merged(gain, contiguous(&mut both, at));
+                        }
+                        if !weighted.is_empty() {
+                            contiguous(&mut weighted, at).copy_from_slice(&row.weighted_error);
+                        }
+                        if !merged.is_empty() {
+                            row.add_merged(gain, contiguous(&mut merged, at));
+                        }
+                        if let Some(backward) = backward {
+                            let in_block = i - rows.start;
+                            self.backward(row, gain, backward, in_block, at, &mut errors);
+                            contiguous(&mut few.dweighted_error, nth).copy_from_slice(&row.dweighted_error);
+                            contiguous(&mut few.looked_up_error, nth).copy_from_slice(&row.looked_up_error);
+                            if !dweighted.is_empty() {
+                                contiguous(&mut dweighted, at).copy_from_slice(&row.looked_up_error);
+                            }
+                        }
                     }
-                    if !weighted.is_empty() {
-                        weighted.row_mut(at).assign(&row.weighted_error);
-                    }
-                    if !merged.is_empty() {
-                        self.add_merged(&row, gain, merged.row_mut(at));
-                    }
-                    if let Some((backward, gradients)) = backward.zip(gradients.as_mut()) {
-                        self.backward(&row, i - rows.start, backward, gradients.row(nth), at, &mut errors);
+                    if backward.is_some() {
+                        self.add_pair(few, first, &mut errors);
                     }
                 }
-                if let Some(gradients) = gradients {
-                    self.add_pair(&deltas, first, &gradients, &mut errors);
-                    if !dweighted.is_empty() {
-                        let of_rows = Slice::from(deltas.rows.start - first..deltas.rows.end - first);
-                        dweighted.slice_axis_mut(Axis(0), of_rows).assign(&gradients.looked_up);
-                    }
-                }
-            }
-            (first, errors, magnitudes)
-        });
+                (first, errors, magnitudes)
+            },
+        );
         let mut magnitudes = Magnitudes::NONE;
         for (first, of_chunk, of_terms) in of_chunks.collect::<Vec<_>>() {
             errors.add(first, &of_chunk);
@@ -302,30 +305,62 @@ impl<'a> Rows<'a> {
         magnitudes
     }
 
-    /// What a sum over a row of W' adds up, and its magnitudes without `t^2`. E60
-    fn terms<P: Scalar>(
+    /// The backward of a row, in X row `in_block`, whose errors are those `at`.
+    fn backward<P: Scalar>(
         &self,
-        row: &Row<'_>,
-        gain_error: f64,
-        chain: f64,
-        mut terms: ArrayViewMut1<'_, P>,
-    ) -> Magnitudes {
-        let (g_sq, tiny_sq, mut range) = (self.gain(row.i).powi(2), (1.0 + chain) * self.tiny_sq, Magnitudes::NONE);
-        Zip::from(&mut terms).and(&row.weighted).and(&row.weighted_error).for_each(|terms, &v, &error| {
-            let stored = v * v;
-            let sum = g_sq * (error + gain_error * v * v + stored + chain * (error + stored));
-            range = range.with(sum);
-            *terms = P::from_f64(sum + tiny_sq); // E60
-        });
-        range
+        row: &mut Row,
+        gain: Gain,
+        of: &Backward<'_, P>,
+        in_block: usize,
+        at: usize,
+        errors: &mut RowErrors,
+    ) {
+        let dmerged = Dmerged {
+            values: (of.dmerged.0.row(in_block), of.dmerged.1),
+            terms: (of.dmerged_terms.0.row(in_block), of.dmerged_terms.1),
+            chain: of.chain,
+            fraction: of.fraction.map(|fraction| fraction.view()),
+        };
+        let apart = row.set_direct(gain, &dmerged);
+        let [magnitude, k_error] = self.through_norm(row, of, errors.norm[at], apart);
+        (errors.magnitude[at], errors.norm_weight[at]) = (magnitude, k_error);
+        let [of_alpha, of_beta] = row.scale_errors(gain, k_error, self.total_chain);
+        errors.alpha += of_alpha;
+        errors.beta += of_beta;
     }
 
-    /// Adds the error of W'. E59
-    fn add_merged<P: Scalar>(&self, row: &Row<'_>, gain_error: f64, mut sum: ArrayViewMut1<'_, P>) {
-        let (g_sq, tiny_sq) = (self.gain(row.i).powi(2), self.tiny_sq);
-        Zip::from(&mut sum).and(&row.weighted).and(&row.weighted_error).for_each(|sum, &v, &error| {
-            *sum += P::from_f64(g_sq * (error + (gain_error + 1.0) * v * v) + tiny_sq); // E59
-        });
+    /// Adds to dV what comes by way of the norm; returns the errors of dm and of k.
+    fn through_norm<P>(&self, row: &mut Row, of: &Backward<'_, P>, norm_error: f64, apart: f64) -> [f64; 2] {
+        let Some(direction) = self.direction else { return [0.0, 0.0] };
+        let i = row.i;
+        let (norm, n, c) = (direction.norm[i], direction.weight_norm[i], of.dgain[i]);
+        if n == 0.0 {
+            return [self.tiny_sq, 0.0];
+        }
+        let c_error = apart + c * c + of.dgain_error[i]; // E64
+        let magnitude = (c_error + (norm_error + 2.0) * c * c) / (n * n) + self.tiny_sq; // E65
+        if of.norm_gradient == NormGradient::Detached {
+            return [magnitude, 0.0];
+        }
+        let per_c = -direction.gain[i] / (n * norm);
+        let k = per_c * c;
+        let k_error = per_c * per_c * c_error + 3.0 * k * k * (norm_error + 1.0); // E66
+        row.add_through_norm(k, k_error);
+        [magnitude, k_error]
+    }
+
+    /// What a few rows add to the errors of the low-rank factors.
+    fn add_pair(&self, few: &Few, first: usize, errors: &mut RowErrors) {
+        let Few { rows, ranks, .. } = few;
+        let left = errors.left.slice_axis_mut(Axis(0), Slice::from(rows.start - first..rows.end - first));
+        let right = errors.right.slice_axis_mut(Axis(0), ranks.clone().into());
+        let product = |a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>, c: ArrayViewMut2<'_, f64>| {
+            product_into_on_this_thread(1.0, a, b, Accumulate::Add, c);
+        };
+        let [of_left, of_right] =
+            [&few.dweighted_error, &few.looked_up_error].map(|error| part(error.view(), &(0..rows.len())));
+        product(of_left, part(self.right_sq.view(), ranks).t(), left);
+        product(part(self.left_sq.view(), rows).t(), of_right, right);
     }
 }
 
@@ -334,140 +369,7 @@ fn part<'m>(matrix: ArrayView2<'m, f64>, rows: &Range<usize>) -> ArrayView2<'m, 
     matrix.slice_axis_move(Axis(0), rows.clone().into())
 }
 
-/// The errors of a few rows of the gradient.
-struct GradientRows {
-    /// Of dV
-    dweighted: Array2<f64>,
-    /// Of what reaches A and W0
-    looked_up: Array2<f64>,
-}
-
-impl GradientRows {
-    fn new(rows: usize, columns: usize) -> Self {
-        Self { dweighted: Array2::zeros((rows, columns)), looked_up: Array2::zeros((rows, columns)) }
-    }
-
-    fn row(&mut self, at: usize) -> GradientRow<'_> {
-        let direct = Array1::zeros(self.dweighted.ncols());
-        GradientRow {
-            dweighted: direct.clone(),
-            direct,
-            dweighted_error: self.dweighted.row_mut(at),
-            looked_up_error: self.looked_up.row_mut(at),
-        }
-    }
-}
-
-/// One row of the gradient.
-struct GradientRow<'g> {
-    /// `g X`
-    direct: Array1<f64>,
-    /// dV and its error
-    dweighted: Array1<f64>,
-    dweighted_error: ArrayViewMut1<'g, f64>,
-    /// The error of what reaches A and W0
-    looked_up_error: ArrayViewMut1<'g, f64>,
-}
-
-impl Rows<'_> {
-    /// The backward of a row; X has it `at_x`, and the errors `at`.
-    fn backward<P: Scalar>(
-        &self,
-        row: &Row<'_>,
-        at_x: usize,
-        of: &Backward<'_, P>,
-        mut d: GradientRow<'_>,
-        at: usize,
-        errors: &mut RowErrors,
-    ) {
-        let gain_error = errors.gain[at];
-        let [magnitude, k_error] = self.dweighted(row, at_x, of, [errors.norm[at], gain_error], &mut d);
-        (errors.magnitude[at], errors.norm_weight[at]) = (magnitude, k_error);
-        self.add_scales(row, gain_error, k_error, &d, errors);
-    }
-
-    /// What a few rows add to the errors of the low-rank factors.
-    fn add_pair(&self, deltas: &Deltas, first: usize, gradients: &GradientRows, errors: &mut RowErrors) {
-        let Deltas { rows, ranks, .. } = deltas;
-        let left = errors.left.slice_axis_mut(Axis(0), Slice::from(rows.start - first..rows.end - first));
-        let right = errors.right.slice_axis_mut(Axis(0), ranks.clone().into());
-        let product = |a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>, c: ArrayViewMut2<'_, f64>| {
-            product_into_on_this_thread(1.0, a, b, Accumulate::Add, c);
-        };
-        product(gradients.dweighted.view(), part(self.right_sq.view(), ranks).t(), left);
-        product(part(self.left_sq.view(), rows).t(), gradients.looked_up.view(), right);
-    }
-
-    /// dV of a row; returns the errors of dm and of k.
-    fn dweighted<P: Scalar>(
-        &self,
-        row: &Row<'_>,
-        at: usize,
-        of: &Backward<'_, P>,
-        [norm_error, gain_error]: [f64; 2],
-        d: &mut GradientRow<'_>,
-    ) -> [f64; 2] {
-        let (i, g) = (row.i, self.gain(row.i));
-        let ((x, x_scale), (terms, terms_scale)) = (of.dmerged, of.dmerged_terms);
-        let (x, terms, tiny_sq) = (x.row(at), terms.row(at), self.tiny_sq);
-        let Row { weighted, weighted_error, .. } = row;
-        Zip::from(&mut d.direct).and(&mut d.dweighted_error).and(x).and(terms).for_each(|x, error, &of_x, &terms| {
-            (*x, *error) = (of_x.as_f64() * x_scale, terms.as_f64() * terms_scale);
-            *error = of.chain * (*error + *x * *x) + tiny_sq; // E62
-        });
-        let apart = Zip::from(&d.direct).and(&d.dweighted_error).and(weighted).and(weighted_error);
-        let apart = apart.map_collect(|&x, &error, &v, &v_error| error * v * v + x * x * v_error).sum(); // E64
-        Zip::from(&mut d.direct).and(&mut d.dweighted_error).for_each(|direct, error| {
-            *direct *= g;
-            *error = g * g * *error + (gain_error + 1.0) * *direct * *direct; // E63
-        });
-        d.dweighted.assign(&d.direct);
-        d.looked_up_error.assign(&d.dweighted_error);
-        if let Some(fraction) = of.fraction {
-            Zip::from(&mut d.looked_up_error).and(fraction).for_each(|error, &c| *error *= c * c);
-        }
-        let Some(direction) = self.direction else { return [0.0, 0.0] };
-        let (norm, n, c) = (direction.norm[i], direction.weight_norm[i], of.dgain[i]);
-        if n == 0.0 {
-            return [tiny_sq, 0.0];
-        }
-        let c_error = apart + c * c + of.dgain_error[i]; // E64
-        let magnitude = (c_error + (norm_error + 2.0) * c * c) / (n * n) + tiny_sq; // E65
-        if of.norm_gradient == NormGradient::Detached {
-            return [magnitude, 0.0];
-        }
-        let per_c = -g / (n * norm);
-        let k = per_c * c;
-        let k_error = per_c * per_c * c_error + 3.0 * k * k * (norm_error + 1.0); // E66
-        Zip::from(&mut d.dweighted)
-            .and(&mut d.dweighted_error)
-            .and(&mut d.looked_up_error)
-            .and(weighted)
-            .and(weighted_error)
-            .for_each(|dv, error, looked_up, &v, &v_error| {
-                let through = k * k * v_error + (k_error + k * k) * v * v;
-                *dv += k * v;
-                *error += through; // E67
-                *looked_up += through; // E67
-            });
-        [magnitude, k_error]
-    }
-
-    /// What a row adds to the errors of dalpha and dbeta. E68
-    fn add_scales(&self, row: &Row<'_>, gain_error: f64, k_error: f64, d: &GradientRow<'_>, errors: &mut RowErrors) {
-        let GradientRow { direct, dweighted, dweighted_error, .. } = d;
-        // The errors of g and of k are the same in all elements of a row.
-        let shared = |other: ArrayView1<'_, f64>| {
-            gain_error * direct.dot(&other).powi(2) + k_error * row.weighted.dot(&other).powi(2)
-        };
-        let added = self.total_chain - 1.0;
-        let of_delta = Zip::from(dweighted).and(dweighted_error).and(row.delta).and(&row.delta_error);
-        let of_delta = of_delta.map_collect(|&dv, &error, &delta, &delta_error| {
-            (error + added * dv * dv) * delta * delta + dv * dv * delta_error
-        });
-        let of_base = Zip::from(dweighted).and(dweighted_error).and(row.base);
-        let of_base = of_base.map_collect(|&dv, &error, &w| (error + added * dv * dv) * w * w);
-        errors.alpha += of_delta.sum() + shared(row.delta);
-        errors.beta += of_base.sum() + shared(row.base);
-    }
+/// A row of an array whose rows lie contiguous.
+fn contiguous<P, S: DataMut<Elem = P>>(rows: &mut ArrayBase<S, Ix2>, at: usize) -> &mut [P] {
+    rows.row_mut(at).into_slice().expect("a row of an array in standard layout")
 }

@@ -21,7 +21,7 @@ fn with_passes(
     let mut draw = |shape: &[usize]| ArrayD::from_shape_simple_fn(IxDyn(shape), || rng.random_range(-1.0..1.0));
     let operator = Linear { in_features: 5, out_features: 7, fan_in_fan_out: false };
     let config = Config { norm_axis: axis, norm_gradient: NormGradient::Full, ..Config::new(Method::Wora, 1.5) };
-    let base = Base { weight: draw(&[7, 5]), bias: Some(draw(&[7])) };
+    let base = Base { weight: draw(&[7, 5]).into(), bias: Some(draw(&[7])) };
     let norms = if axis == NormAxis::Output { 7 } else { 5 };
     let adapter = Adapter {
         lora_a: draw(&[2, 5]),
