@@ -1,5 +1,5 @@
-//! Sums over slices in as many lanes as vector registers have: compiled for newer processors too and chosen at run time,
-//! added up in the same order everywhere.
+//! Loops over slices, compiled for newer processors too and chosen at run time. Sums are kept in as many lanes as vector
+//! registers have and added up in the same order everywhere.
 
 use crate::Scalar;
 use multiversion::multiversion;
@@ -21,6 +21,14 @@ pub(crate) fn dot<T: Scalar>(a: &[T], b: &[T]) -> T {
         *sum += a * b;
     }
     sums.into_iter().fold(T::zero(), |all, sum| all + sum)
+}
+
+/// `into_j += scale from_j`, of as many as both have.
+#[multiversion(targets("x86_64+avx2"))]
+pub(crate) fn add_scaled<T: Scalar>(scale: T, from: &[T], into: &mut [T]) {
+    for (into, &from) in into.iter_mut().zip(from) {
+        *into += scale * from;
+    }
 }
 
 /// `sum_j a_j^2 b_j`, of as many as both have.

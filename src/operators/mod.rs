@@ -8,6 +8,7 @@ mod channels;
 mod conv;
 mod embedding;
 mod linear;
+mod shifts;
 mod tiles;
 mod unfold;
 

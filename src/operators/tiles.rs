@@ -3,11 +3,14 @@
 
 use super::channels::sum;
 use super::conv::Conv;
+use super::shifts::Shifts;
 use super::unfold::{TILE, Windows};
 use super::{Operator, group_slice};
 use crate::Scalar;
 use crate::matmul::{Accumulate, product_into_on_this_thread, run_tasks};
-use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, CowArray, Ix2, Slice, concatenate};
+use ndarray::{
+    Array2, Array3, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, CowArray, Ix2, Slice, concatenate,
+};
 use std::ops::Range;
 
 /// Channels that one task of `inputs` folds.
@@ -36,6 +39,13 @@ fn stacked<'a, T: Scalar>(
     }
 }
 
+/// A weight `[rows, channels * kernel]` kernel position by kernel position: `[kernel, rows, channels]`.
+fn by_tap<T: Scalar>(weight: ArrayView2<'_, T>, kernel: usize) -> Array3<T> {
+    let (rows, columns) = weight.dim();
+    let weight = weight.to_shape((rows, columns / kernel, kernel)).expect("as many columns");
+    weight.permuted_axes([2, 0, 1]).as_standard_layout().into_owned()
+}
+
 /// Columns of a matrix.
 fn columns<T>(matrix: ArrayView2<'_, T>, columns: Range<usize>) -> ArrayView2<'_, T> {
     matrix.slice_axis_move(Axis(1), Slice::from(columns))
@@ -62,6 +72,13 @@ impl<const N: usize> Conv<N> {
         outputs: Vec<ArrayViewMut3<'_, T>>,
     ) {
         let of_groups: Vec<_> = (0..self.groups).map(|q| stacked(weights.iter().copied(), q, self.groups)).collect();
+        let channels = self.in_channels / self.groups;
+        if !windows.is_identity()
+            && let Some(shifts) = Shifts::new(windows.axes, of_groups[0].nrows(), channels)
+        {
+            let weights: Vec<_> = of_groups.iter().map(|weight| by_tap(weight.view(), windows.kernel)).collect();
+            return shifts.outputs(&[x], &weights, outputs); // E77
+        }
         let mut tasks: Vec<(usize, Range<usize>, Vec<ArrayViewMut2<'_, T>>)> = Vec::new();
         for output in outputs {
             let mut task = 0;
@@ -114,6 +131,20 @@ impl<const N: usize> Conv<N> {
     ) {
         let weights = pairs.iter().map(|(_, weight)| *weight);
         let of_groups: Vec<_> = (0..self.groups).map(|q| stacked(weights.clone(), q, self.groups)).collect();
+        let channels = self.in_channels / self.groups;
+        if !windows.is_identity()
+            && let Some(shifts) = Shifts::adjoint(windows.axes, of_groups[0].nrows(), channels)
+        {
+            let of_group = |weight: &CowArray<'_, T, Ix2>| {
+                let mut weight = by_tap(weight.view(), windows.kernel);
+                weight.invert_axis(Axis(0));
+                weight.permuted_axes([0, 2, 1]).as_standard_layout().into_owned()
+            };
+            let weights: Vec<_> = of_groups.iter().map(of_group).collect();
+            let dys: Vec<_> = pairs.iter().map(|(dy, _)| dy.as_standard_layout()).collect();
+            let dys: Vec<_> = dys.iter().map(|dy| dy.view()).collect();
+            return shifts.outputs(&dys, &weights, vec![dx]); // E78
+        }
         // One task a block of channels of an image, within a group: no two tasks fold into the same element.
         let mut tasks: Vec<(usize, usize, Range<usize>, ArrayViewMut2<'_, T>)> = Vec::new();
         for (image, dx) in dx.into_outer_iter_mut().enumerate() {

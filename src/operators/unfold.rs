@@ -42,14 +42,19 @@ pub(super) struct Geometry {
 impl Geometry {
     /// The number of output positions: PyTorch's formula; 0 where the kernel does not fit. E42
     pub fn output(&self) -> usize {
-        let padded = self.size + self.before + self.after;
+        let padded = self.padded_size();
         let reach = self.dilation * (self.kernel - 1) + 1;
         if padded < reach { 0 } else { (padded - reach) / self.stride + 1 } // E42
     }
 
     /// The input position that kernel offset k reads for output p; `None` for a zero. E43
     pub fn source(&self, p: usize, k: usize) -> Option<usize> {
-        let position = (p * self.stride + k * self.dilation) as isize - self.before as isize;
+        self.source_of_padded(p * self.stride + k * self.dilation)
+    }
+
+    /// The input position behind a padded one; `None` for a zero. E43
+    fn source_of_padded(&self, position: usize) -> Option<usize> {
+        let position = position as isize - self.before as isize;
         let size = self.size as isize;
         if (0..size).contains(&position) {
             return Some(position as usize);
@@ -66,6 +71,28 @@ impl Geometry {
 }
 
 impl Geometry {
+    /// The same of every padded position; `NOWHERE` for a zero.
+    pub fn padded_sources(&self) -> Vec<usize> {
+        (0..self.padded_size()).map(|position| self.source_of_padded(position).unwrap_or(NOWHERE)).collect()
+    }
+
+    /// How many positions there are with padding.
+    pub fn padded_size(&self) -> usize {
+        self.before + self.size + self.after
+    }
+
+    /// Whether all that is put around the input is zeros.
+    pub fn is_zero_padded(&self) -> bool {
+        self.mode == PaddingMode::Zeros || self.before + self.after == 0
+    }
+
+    /// The padded positions a stride apart, from `first` on, that lie inside the input.
+    pub fn inside_of(&self, first: usize) -> Range<usize> {
+        let start = self.before.saturating_sub(first).div_ceil(self.stride);
+        let end = (self.size + self.before).saturating_sub(first).div_ceil(self.stride);
+        start..end.max(start)
+    }
+
     /// The padded axis written out: the source of every padded position; `None` for a zero. The definition reads
     /// this, so that it shares nothing with `source`. E43
     fn padded(&self) -> Vec<Option<usize>> {
@@ -83,10 +110,8 @@ impl Geometry {
 
     /// The output positions for which kernel offset k reads inside the input, a stride apart.
     fn inside(&self, k: usize) -> Range<usize> {
-        let shift = k * self.dilation;
-        let start = self.before.saturating_sub(shift).div_ceil(self.stride).min(self.output());
-        let end = (self.size + self.before).saturating_sub(shift).div_ceil(self.stride).clamp(start, self.output());
-        start..end
+        let Range { start, end } = self.inside_of(k * self.dilation);
+        start.min(self.output())..end.min(self.output())
     }
 }
 
@@ -104,7 +129,7 @@ struct Run<'a> {
 
 /// Where every column of the weight reads for every output position: the index maps of one input.
 pub(super) struct Windows<const N: usize> {
-    axes: [Geometry; N],
+    pub axes: [Geometry; N],
     /// For each axis, `[kernel, output]`: the source, or `NOWHERE`.
     sources: [Vec<usize>; N],
     /// For each axis, the padded axis written out.
@@ -117,7 +142,8 @@ pub(super) struct Windows<const N: usize> {
     pub kernel: usize,
 }
 
-const NOWHERE: usize = usize::MAX;
+/// Stands for the source of a zero.
+pub(super) const NOWHERE: usize = usize::MAX;
 
 impl<const N: usize> Windows<N> {
     pub fn new(axes: [Geometry; N]) -> Self {
@@ -231,7 +257,7 @@ impl<const N: usize> Windows<N> {
     }
 
     /// A kernel of one position without stride or padding reads every input where it is.
-    fn is_identity(&self) -> bool {
+    pub fn is_identity(&self) -> bool {
         let plain = |axis: &Geometry| axis.kernel == 1 && axis.stride == 1 && axis.before + axis.after == 0;
         self.axes.iter().all(plain)
     }
