@@ -127,6 +127,9 @@ mod backend {
     const BLOCK: usize = 128;
     /// Terms of a sum that one task adds up, where a product is small and its sums are long.
     const TERMS: usize = 2048;
+    /// Where B has no more columns than this, columns of A are copied so many at a time.
+    const FEW: usize = 16;
+    const COPIED: usize = 64;
     /// faer multiplies into a wide destination up to an eighth more slowly than into this many columns at a time.
     const PANEL: usize = 512;
 
@@ -149,8 +152,11 @@ mod backend {
             let starts: Vec<usize> = (0..terms).step_by(TERMS).collect();
             let part = |start: usize| {
                 let terms = Slice::from(start..(start + TERMS).min(terms));
-                let mut part = Array2::zeros((rows, columns));
                 let (a, b) = (a.slice_axis(Axis(1), terms), b.slice_axis(Axis(0), terms));
+                if columns <= FEW && a.strides()[0] == 1 {
+                    return columns_times_rows(scale, a, b);
+                }
+                let mut part = Array2::zeros((rows, columns));
                 multiply(scale, a, b, Accumulate::Replace, part.view_mut(), Par::Seq);
                 part
             };
@@ -192,6 +198,20 @@ mod backend {
             Accumulate::Add => Accum::Add,
         };
         matmul(c.into_faer(), accum, a.into_faer(), b.into_faer(), scale, par);
+    }
+
+    /// `s A B` for contiguous columns of A that would meet in the cache: some are copied to where they do not, and are
+    /// there still when they are multiplied.
+    fn columns_times_rows<T: Scalar>(scale: T, a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Array2<T> {
+        let mut sums = Array2::zeros((a.nrows(), b.ncols()));
+        let mut apart = Array2::zeros((COPIED, a.nrows() + PAGE / 64 / size_of::<T>()));
+        for (a, b) in a.axis_chunks_iter(Axis(1), COPIED).zip(b.axis_chunks_iter(Axis(0), COPIED)) {
+            let mut copy = apart.slice_axis_mut(Axis(0), Slice::from(..a.ncols()));
+            copy.slice_axis_inplace(Axis(1), Slice::from(..a.nrows()));
+            copy.assign(&a.t());
+            multiply(scale, copy.t(), b, Accumulate::Add, sums.view_mut(), Par::Seq);
+        }
+        sums
     }
 
     /// Columns that lie contiguous are read by faer where they lie: copied to where they do not meet in the cache, which
