@@ -3,6 +3,13 @@
 
 use crate::Scalar;
 use multiversion::multiversion;
+use ndarray::ArrayView1;
+use std::borrow::Cow;
+
+/// A row as a slice, copied only where it does not lie contiguous.
+pub(crate) fn contiguous<T: Clone>(row: ArrayView1<'_, T>) -> Cow<'_, [T]> {
+    row.to_slice().map_or_else(|| row.to_vec().into(), Cow::from)
+}
 
 /// Sums kept beside each other: four registers of f64, two of f32.
 const LANES: usize = 16;
@@ -21,6 +28,38 @@ pub(crate) fn dot<T: Scalar>(a: &[T], b: &[T]) -> T {
         *sum += a * b;
     }
     sums.into_iter().fold(T::zero(), |all, sum| all + sum)
+}
+
+/// `into_j = scale from_j + shift`, of as many as both have.
+#[multiversion(targets("x86_64+avx2"))]
+pub(crate) fn scale_and_shift<T: Scalar>(scale: T, shift: T, from: &[T], into: &mut [T]) {
+    for (into, &from) in into.iter_mut().zip(from) {
+        *into = scale * from + shift;
+    }
+}
+
+/// `into_j = scale_j from_j + shift_j`, of as many as all have.
+#[multiversion(targets("x86_64+avx2"))]
+pub(crate) fn scale_and_shift_each<T: Scalar>(scale: &[T], shift: &[T], from: &[T], into: &mut [T]) {
+    for (((into, &from), &scale), &shift) in into.iter_mut().zip(from).zip(scale).zip(shift) {
+        *into = scale * from + shift;
+    }
+}
+
+/// `into_j = scale_j from_j`, of as many as all have.
+#[multiversion(targets("x86_64+avx2"))]
+pub(crate) fn scale_each<T: Scalar>(scale: &[T], from: &[T], into: &mut [T]) {
+    for ((into, &from), &scale) in into.iter_mut().zip(from).zip(scale) {
+        *into = scale * from;
+    }
+}
+
+/// `into_j += a_j b_j`, of as many as all have.
+#[multiversion(targets("x86_64+avx2"))]
+pub(crate) fn add_products<T: Scalar>(a: &[T], b: &[T], into: &mut [T]) {
+    for ((into, &a), &b) in into.iter_mut().zip(a).zip(b) {
+        *into += a * b;
+    }
 }
 
 /// `into_j += scale from_j`, of as many as both have.

@@ -564,6 +564,40 @@ fn a_case_is_drawn_the_same_for_the_same_seed_and_differs_for_another() {
     assert_eq!(shape.slice(), spec.x);
 }
 
+/// A norm may lose as many digits as V itself does, whose elements are small differences: not as many again.
+#[test]
+fn norms_in_f32_lose_to_cancellation_what_their_rows_lose() {
+    let operator = Linear { in_features: 64, out_features: 8, fan_in_fan_out: false };
+    let config = Config { scaling: 1.0, ..Config::new(Method::Wora, 1.0) };
+    for power in 0..20 {
+        let mut rng = Pcg64::seed_from_u64(power);
+        let left = 2f64.powi(-(power as i32));
+        let narrow = |values: ArrayD<f64>| values.mapv(|value| value as f32);
+        let [a, b] = [[4, 64], [8, 4]].map(|shape| narrow(random(&shape, &mut rng)));
+        let (alpha, beta) = (0.75_f32, 1.25_f32);
+        let matrix = |values: &ArrayD<f32>| values.mapv(f64::from).into_dimensionality::<ndarray::Ix2>().unwrap();
+        let delta = matrix(&b).dot(&matrix(&a));
+        // beta W0 = -alpha B A but for so small a part.
+        let noise = random(&[8, 64], &mut rng).into_dimensionality::<ndarray::Ix2>().unwrap() * left;
+        let base = narrow(((&delta * -f64::from(alpha) + noise) / f64::from(beta)).into_dyn());
+        let weighted = &delta * f64::from(alpha) + matrix(&base) * f64::from(beta);
+        let sizes = matrix(&b).mapv(f64::abs).dot(&matrix(&a).mapv(f64::abs)) * f64::from(alpha)
+            + matrix(&base).mapv(f64::abs) * f64::from(beta);
+        let scalar = |value: f32| Some(ArrayD::from_elem(IxDyn(&[]), value));
+        let magnitude = Some(ArrayD::ones(IxDyn(&[8])));
+        let adapter = Adapter { lora_a: a, lora_b: b, magnitude, alpha: scalar(alpha), beta: scalar(beta) };
+        let layer =
+            Layer::new(operator.clone(), config, Base { weight: base.into(), bias: None }, adapter).expect("a layer");
+        let norm = layer.direction().expect("norms").expect("a method with norms").norm;
+        for ((norm, weighted), sizes) in norm.iter().zip(weighted.rows()).zip(sizes.rows()) {
+            let (exact, size) = (weighted.dot(&weighted).sqrt(), sizes.dot(&sizes).sqrt());
+            let error = (f64::from(*norm) - exact).abs();
+            let allowed = 4.0 * f64::from(f32::EPSILON) * size;
+            assert!(error <= allowed, "2^-{power}: {norm} is not {exact}, off by {error}, and {allowed} allowed");
+        }
+    }
+}
+
 #[test]
 fn the_cancelling_cases_cancel_in_every_row_and_the_large_ones_enough_for_threads() {
     for (layer, spec, case) in every_case(0).filter(|(_, spec, _)| spec.name.contains("cancelling")) {

@@ -5,7 +5,9 @@ use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 use woracle::case::{Case, Tensor};
-use woracle::operators::{Conv, Conv1d, Conv2d, ConvSettings, Embedding, EmbeddingSettings, Extents, Ids, Operator};
+use woracle::operators::{
+    Conv, Conv1d, Conv2d, Conv3d, ConvSettings, Embedding, EmbeddingSettings, Extents, Ids, Operator,
+};
 use woracle::operators::{Padding, PaddingMode, PaddingWord};
 use woracle::registry::{Precision, layer};
 use woracle::wora::{Base, Config, Layer, LoraInit, Method};
@@ -97,8 +99,9 @@ proptest! {
 
     #[test]
     fn a_convolution_is_seven_loops_over_a_padded_copy(
-        (images, groups, per_group, units) in (1usize..3, 1usize..4, 1usize..3, 1usize..3),
-        size in [1usize..9, 1usize..30], kernel in [1usize..4, 1usize..5],
+        (images, groups) in (1usize..3, 1usize..4),
+        (per_group, units) in (prop::sample::select(vec![1usize, 2, 5, 17]), prop::sample::select(vec![1usize, 2, 6, 16])),
+        size in (1usize..9, prop::sample::select(vec![1usize, 2, 3, 8, 29, 150])).prop_map(<[usize; 2]>::from), kernel in [1usize..4, 1usize..5],
         stride in [1usize..4, 1usize..4], dilation in [1usize..3, 1usize..3], padding in [0usize..5, 0usize..5],
         mode in mode(), seed in any::<u64>(),
     ) {
@@ -154,6 +157,42 @@ proptest! {
             let sum = back(&(&dy * 2.0 - &other_dy));
             prop_assert!(sum.iter().zip(&parts).all(|(a, b)| (a - b).abs() < 1e-12));
         }
+    }
+
+    /// Three axes, and enough channels or so few that nothing is unfolded, against the definition term by term.
+    #[test]
+    fn a_volume_is_convolved_term_by_term(
+        (groups, per_group, units) in prop::sample::select(vec![(1usize, 16usize, 17usize), (2, 17, 16), (5, 1, 1), (3, 2, 4)]),
+        size in [1usize..5, 1usize..6, 1usize..9], kernel in [1usize..4, 1usize..4, 1usize..4],
+        stride in [1usize..3, 1usize..3, 1usize..3], dilation in [1usize..3, 1usize..3, 1usize..3],
+        padding in [0usize..3, 0usize..3, 0usize..3], mode in mode(), seed in any::<u64>(),
+    ) {
+        let settings = ConvSettings {
+            stride: Extents::Each(stride.to_vec()),
+            padding: Padding::Numbers(Extents::Each(padding.to_vec())),
+            dilation: Extents::Each(dilation.to_vec()),
+            groups,
+            padding_mode: mode,
+        };
+        let rng = &mut Pcg64::seed_from_u64(seed);
+        let weight = random(&[units * groups, per_group, kernel[0], kernel[1], kernel[2]], rng);
+        let x = random(&[2, per_group * groups, size[0], size[1], size[2]], rng);
+        let conv = Conv3d::from_weight_shape(settings, weight.shape()).expect("a convolution");
+        let input: CowArray<'_, f64, IxDyn> = x.view().into();
+        prop_assume!(conv.output_shape(&input).is_ok());
+        let matrix = conv.weight_matrix(weight.view());
+        let y = conv.apply(&input, &[matrix]).swap_remove(0);
+        let dy: Array3<f64> = random(y.shape(), rng).into_dimensionality().unwrap();
+        let dx = conv.adjoint_input(&input, &[(dy.view(), matrix)]).expect("values");
+        let (xs, dys) = (x.as_slice().unwrap(), dy.as_slice().unwrap());
+        let (mut ys, mut dxs) = (vec![0.0; y.len()], vec![0.0; x.len()]);
+        conv.terms(&input, |term| {
+            let (w, at) = (term.factor * matrix[[term.unit, term.column]], term.input.unwrap());
+            ys[term.output] += w * xs[at];
+            dxs[at] += w * dys[term.output];
+        });
+        prop_assert!(y.iter().zip(&ys).all(|(a, b)| (a - b).abs() < 1e-12));
+        prop_assert!(dx.iter().zip(&dxs).all(|(a, b)| (a - b).abs() < 1e-12));
     }
 
     /// A weight that is the identity makes y the unfolded input, and the adjoint to x the fold.

@@ -7,6 +7,7 @@
 use super::group_slice;
 use crate::Scalar;
 use crate::matmul::{Accumulate, product_into_on_this_thread, run_tasks};
+use crate::simd::{self, contiguous};
 use ndarray::{
     Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, Slice, Zip,
 };
@@ -206,17 +207,13 @@ fn scale_block<T: Scalar>(
 ) {
     let (_, in_rows) = channel_axis(&p);
     let (mut y, p) = (matrix_mut(y), matrix(p));
+    let (scales, shifts) = (contiguous(scale), shift.map(contiguous));
     for (i, (mut y, p)) in y.outer_iter_mut().zip(p.outer_iter()).enumerate() {
-        if in_rows {
-            match shift {
-                Some(shift) => {
-                    Zip::from(&mut y).and(p).and(scale).and(shift).for_each(|y, &p, &g, &b| *y = g * p + b);
-                }
-                None => Zip::from(&mut y).and(p).and(scale).for_each(|y, &p, &g| *y = g * p),
-            }
-        } else {
-            let (g, b) = (scale[i], shift.map_or(T::zero(), |shift| shift[i]));
-            Zip::from(&mut y).and(p).for_each(|y, &p| *y = g * p + b);
+        let (y, p) = (y.as_slice_mut().expect("standard layout"), &contiguous(p));
+        match &shifts {
+            Some(shifts) if in_rows => simd::scale_and_shift_each(&scales, shifts, p, y),
+            None if in_rows => simd::scale_each(&scales, p, y),
+            shifts => simd::scale_and_shift(scales[i], shifts.as_ref().map_or(T::zero(), |shifts| shifts[i]), p, y),
         }
     }
 }
@@ -224,12 +221,14 @@ fn scale_block<T: Scalar>(
 fn add_products<T: Scalar>(sums: &mut Array1<T>, a: ArrayView3<'_, T>, b: ArrayView3<'_, T>) {
     let (_, in_rows) = channel_axis(&a);
     let (a, b) = (matrix(a), matrix(b));
-    if in_rows {
-        for (a, b) in a.outer_iter().zip(b.outer_iter()) {
-            Zip::from(&mut *sums).and(a).and(b).for_each(|sum, &a, &b| *sum += a * b);
+    let sums = sums.as_slice_mut().expect("standard layout");
+    for (i, (a, b)) in a.outer_iter().zip(b.outer_iter()).enumerate() {
+        let (a, b) = (contiguous(a), contiguous(b));
+        if in_rows {
+            simd::add_products(&a, &b, sums);
+        } else {
+            sums[i] += simd::dot(&a, &b);
         }
-    } else {
-        Zip::from(sums).and(a.rows()).and(b.rows()).for_each(|sum, a, b| *sum += a.dot(&b));
     }
 }
 

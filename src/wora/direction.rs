@@ -7,6 +7,7 @@
 use super::{Config, ZeroNorm};
 use crate::matmul::{Accumulate, PARALLEL_FLOPS, product, product_into};
 use crate::operators::group_slice;
+use crate::simd::{contiguous, dot};
 use crate::{Error, Result, Scalar};
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, Slice, Zip};
 use rayon::prelude::*;
@@ -93,6 +94,23 @@ pub(crate) fn norm<T: Scalar>(row: ArrayView1<'_, T>) -> T {
         return largest;
     }
     largest * row.iter().fold(T::zero(), |sum, &v| sum + (v / largest) * (v / largest)).sqrt()
+}
+
+/// `||W_i||^2` of every row, in one walk over W in the order in which it lies.
+pub(crate) fn squared_norms<T: Scalar>(rows: ArrayView2<'_, T>) -> Array1<T> {
+    if rows.strides()[1] == 1 {
+        let rows: Vec<_> = rows.outer_iter().collect();
+        let of_row = |row| {
+            let row = contiguous(row);
+            dot(&row, &row)
+        };
+        return rows.into_par_iter().map(of_row).collect::<Vec<_>>().into();
+    }
+    let mut sums = Array1::zeros(rows.nrows());
+    for column in rows.columns() {
+        Zip::from(&mut sums).and(column).for_each(|sum, &w| *sum += w * w);
+    }
+    sums
 }
 
 /// `n = ||V|| + eps`, 0 where `||V|| = 0`. E10

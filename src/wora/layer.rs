@@ -19,7 +19,7 @@
 //! ```
 
 use super::adapter::{as_matrix, check_tensors};
-use super::direction::{Direction, Factors, norm};
+use super::direction::{Direction, Factors, norm, squared_norms};
 use super::{Adapter, Base, Config, LoraInit, NormAxis};
 use crate::operators::{Operator, in_standard_layout};
 use crate::{Error, Result, Scalar};
@@ -60,8 +60,8 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         };
         let weight = operator.weight_matrix(base.weight.view());
         let base_sq = match config.norm_axis {
-            NormAxis::Output => weight.rows().into_iter().map(|row| row.dot(&row)).collect(),
-            NormAxis::Input => weight.columns().into_iter().map(|column| column.dot(&column)).collect(),
+            NormAxis::Output => squared_norms(weight),
+            NormAxis::Input => squared_norms(weight.reversed_axes()),
         };
         Ok(Self { operator, config, base, adapter, base_sq })
     }

@@ -2,10 +2,9 @@
 //! newer processors too and chosen at run time.
 
 use crate::Scalar;
-use crate::simd::{dot, dot_squares};
+use crate::simd::{contiguous, dot, dot_squares};
 use multiversion::multiversion;
 use ndarray::ArrayView1;
-use std::borrow::Cow;
 
 /// One row of the weight; the memory is the next one's too.
 pub(super) struct Row {
@@ -133,11 +132,6 @@ impl Row {
         let of_base = dot_squares(base, scratch) + shared(dot(direct, base), self.of_base);
         [of_delta, of_base]
     }
-}
-
-/// A row, copied only where it does not lie contiguous.
-fn contiguous<'a, P: Scalar>(row: ArrayView1<'a, P>) -> Cow<'a, [P]> {
-    row.to_slice().map_or_else(|| row.to_vec().into(), Cow::from)
 }
 
 /// The same numbers plus `added` in another type.
