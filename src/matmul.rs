@@ -204,12 +204,11 @@ mod backend {
     /// there still when they are multiplied.
     fn columns_times_rows<T: Scalar>(scale: T, a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Array2<T> {
         let mut sums = Array2::zeros((a.nrows(), b.ncols()));
-        let mut apart = Array2::zeros((COPIED, a.nrows() + PAGE / 64 / size_of::<T>()));
+        let mut apart = apart(a.nrows(), COPIED);
         for (a, b) in a.axis_chunks_iter(Axis(1), COPIED).zip(b.axis_chunks_iter(Axis(0), COPIED)) {
-            let mut copy = apart.slice_axis_mut(Axis(0), Slice::from(..a.ncols()));
-            copy.slice_axis_inplace(Axis(1), Slice::from(..a.nrows()));
-            copy.assign(&a.t());
-            multiply(scale, copy.t(), b, Accumulate::Add, sums.view_mut(), Par::Seq);
+            let mut copy = apart.slice_axis_mut(Axis(1), Slice::from(..a.ncols()));
+            copy_columns(a, copy.view_mut());
+            multiply(scale, copy.view(), b, Accumulate::Add, sums.view_mut(), Par::Seq);
         }
         sums
     }
@@ -220,13 +219,24 @@ mod backend {
         let meet = |stride: isize| stride > 0 && (stride as usize * size_of::<T>()).is_multiple_of(PAGE);
         match *a.strides() {
             [1, stride] if meet(stride) => {
-                let mut apart = Array2::zeros((a.ncols(), a.nrows() + PAGE / 64 / size_of::<T>()));
-                apart.slice_axis_inplace(Axis(1), Slice::from(..a.nrows()));
-                apart.assign(&a.t());
-                apart.reversed_axes().into()
+                let mut apart = apart(a.nrows(), a.ncols());
+                copy_columns(a, apart.view_mut());
+                apart.into()
             }
             _ => a.into(),
         }
+    }
+
+    /// Column by column: ndarray would copy a few rows of all columns.
+    fn copy_columns<T: Scalar>(from: ArrayView2<'_, T>, into: ArrayViewMut2<'_, T>) {
+        into.reversed_axes().assign(&from.t());
+    }
+
+    /// Contiguous columns that lie a cache line more than their length apart.
+    fn apart<T: Scalar>(rows: usize, columns: usize) -> Array2<T> {
+        let mut apart = Array2::zeros((columns, rows + PAGE / 64 / size_of::<T>()));
+        apart.slice_axis_inplace(Axis(1), Slice::from(..rows));
+        apart.reversed_axes()
     }
 }
 

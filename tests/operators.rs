@@ -87,6 +87,17 @@ fn mode() -> impl Strategy<Value = PaddingMode> {
     prop::sample::select(vec![PaddingMode::Zeros, PaddingMode::Reflect, PaddingMode::Replicate, PaddingMode::Circular])
 }
 
+/// What PyTorch's arguments say, one number an axis.
+fn settings(stride: &[usize], padding: &[usize], dilation: &[usize], groups: usize, mode: PaddingMode) -> ConvSettings {
+    ConvSettings {
+        stride: Extents::Each(stride.to_vec()),
+        padding: Padding::Numbers(Extents::Each(padding.to_vec())),
+        dilation: Extents::Each(dilation.to_vec()),
+        groups,
+        padding_mode: mode,
+    }
+}
+
 fn apply<const N: usize>(conv: &Conv<N>, x: &ArrayD<f64>, weight: &ArrayD<f64>) -> ArrayD<f64> {
     let input: CowArray<'_, f64, IxDyn> = x.view().into();
     let shape = conv.output_shape(&input).expect("a shape");
@@ -111,13 +122,7 @@ proptest! {
             PaddingMode::Circular => padding[axis] <= size[axis],
             _ => true,
         });
-        let settings = ConvSettings {
-            stride: Extents::Each(stride.to_vec()),
-            padding: Padding::Numbers(Extents::Each(padding.to_vec())),
-            dilation: Extents::Each(dilation.to_vec()),
-            groups,
-            padding_mode: mode,
-        };
+        let settings = settings(&stride, &padding, &dilation, groups, mode);
         let rng = &mut Pcg64::seed_from_u64(seed);
         let weight = random(&[units * groups, per_group, kernel[0], kernel[1]], rng);
         let x = random(&[images, per_group * groups, size[0], size[1]], rng);
@@ -167,13 +172,7 @@ proptest! {
         stride in [1usize..3, 1usize..3, 1usize..3], dilation in [1usize..3, 1usize..3, 1usize..3],
         padding in [0usize..3, 0usize..3, 0usize..3], mode in mode(), seed in any::<u64>(),
     ) {
-        let settings = ConvSettings {
-            stride: Extents::Each(stride.to_vec()),
-            padding: Padding::Numbers(Extents::Each(padding.to_vec())),
-            dilation: Extents::Each(dilation.to_vec()),
-            groups,
-            padding_mode: mode,
-        };
+        let settings = settings(&stride, &padding, &dilation, groups, mode);
         let rng = &mut Pcg64::seed_from_u64(seed);
         let weight = random(&[units * groups, per_group, kernel[0], kernel[1], kernel[2]], rng);
         let x = random(&[2, per_group * groups, size[0], size[1], size[2]], rng);
@@ -202,13 +201,7 @@ proptest! {
         (stride, dilation, padding) in (1usize..4, 1usize..4, 0usize..8),
         mode in mode(), seed in any::<u64>(),
     ) {
-        let settings = ConvSettings {
-            stride: Extents::All(stride),
-            padding: Padding::Numbers(Extents::All(padding)),
-            dilation: Extents::All(dilation),
-            groups: 1,
-            padding_mode: mode,
-        };
+        let settings = settings(&[stride], &[padding], &[dilation], 1, mode);
         let fan_in = channels * kernel;
         let conv = Conv1d::from_weight_shape(settings, &[fan_in, channels, kernel]).expect("a convolution");
         let rng = &mut Pcg64::seed_from_u64(seed);

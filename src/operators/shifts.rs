@@ -68,10 +68,11 @@ impl Shifts {
             });
             taps.push(Tap { sheet: nth, offset: lines / axes[1].stride * line + columns / axes[2].stride });
         }
-        let shifts = Self { axes, sources: axes.map(|axis| axis.padded_sources()), sheets, taps, line };
-        let band = shifts.sheets.len() * (TILE + shifts.reach());
+        let band = sheets.len() * (TILE + reach(&taps));
         let fits = channels >= CHANNELS || is_depthwise(rows, channels);
-        (fits && band < shifts.taps.len() * TILE && band * channels <= BAND).then_some(shifts)
+        // A kernel of one position has nothing to save.
+        let pays = fits && band < taps.len() * TILE && band * channels <= BAND;
+        pays.then(|| Self { axes, sources: axes.map(|axis| axis.padded_sources()), sheets, taps, line })
     }
 
     /// The adjoint's, a convolution of cotangents with the kernel reversed: its outputs are the input. `None` also where
@@ -87,11 +88,6 @@ impl Shifts {
             axis.mode = PaddingMode::Zeros;
         }
         Self::new(axes, channels, rows)
-    }
-
-    /// How much further the last kernel position reads than the first.
-    fn reach(&self) -> usize {
-        self.taps.iter().map(|tap| tap.offset).max().unwrap_or(0)
     }
 
     /// The tiles of an image, all about as wide.
@@ -136,7 +132,7 @@ impl Shifts {
         let widest = tasks.iter().map(|(tile, _)| tile.places.len()).max().unwrap_or(0);
         let (_, rows, channels) = weights[0].dim();
         let scratch = || {
-            let band = Array2::zeros((self.sheets.len() * channels, widest + self.reach()));
+            let band = Array2::zeros((self.sheets.len() * channels, widest + reach(&self.taps)));
             (band, Array2::zeros((rows, widest)))
         };
         run_tasks(tasks, scratch, |(band, products), (tile, mut outputs)| {
@@ -168,7 +164,7 @@ impl Shifts {
         band: &mut Array2<T>,
     ) {
         let [outer, lines, columns] = &self.axes;
-        let length = tile.places.len() + self.reach();
+        let length = tile.places.len() + reach(&self.taps);
         let mut rows = band.outer_iter_mut();
         for &[k, line_remainder, remainder] in &self.sheets {
             let sheet = self.sources[0][tile.output * outer.stride + k * outer.dilation];
@@ -252,6 +248,11 @@ impl Shifts {
             (at, output) = (at + run, rest);
         }
     }
+}
+
+/// How much further the last kernel position reads than the first.
+fn reach(taps: &[Tap]) -> usize {
+    taps.iter().map(|tap| tap.offset).max().unwrap_or(0)
 }
 
 fn is_depthwise(rows: usize, channels: usize) -> bool {

@@ -73,9 +73,7 @@ impl<const N: usize> Conv<N> {
     ) {
         let of_groups: Vec<_> = (0..self.groups).map(|q| stacked(weights.iter().copied(), q, self.groups)).collect();
         let channels = self.in_channels / self.groups;
-        if !windows.is_identity()
-            && let Some(shifts) = Shifts::new(windows.axes, of_groups[0].nrows(), channels)
-        {
+        if let Some(shifts) = Shifts::new(windows.axes, of_groups[0].nrows(), channels) {
             let weights: Vec<_> = of_groups.iter().map(|weight| by_tap(weight.view(), windows.kernel)).collect();
             return shifts.outputs(&[x], &weights, outputs); // E77
         }
@@ -132,9 +130,7 @@ impl<const N: usize> Conv<N> {
         let weights = pairs.iter().map(|(_, weight)| *weight);
         let of_groups: Vec<_> = (0..self.groups).map(|q| stacked(weights.clone(), q, self.groups)).collect();
         let channels = self.in_channels / self.groups;
-        if !windows.is_identity()
-            && let Some(shifts) = Shifts::adjoint(windows.axes, of_groups[0].nrows(), channels)
-        {
+        if let Some(shifts) = Shifts::adjoint(windows.axes, of_groups[0].nrows(), channels) {
             let of_group = |weight: &CowArray<'_, T, Ix2>| {
                 let mut weight = by_tap(weight.view(), windows.kernel);
                 weight.invert_axis(Axis(0));

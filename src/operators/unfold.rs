@@ -257,7 +257,7 @@ impl<const N: usize> Windows<N> {
     }
 
     /// A kernel of one position without stride or padding reads every input where it is.
-    pub fn is_identity(&self) -> bool {
+    fn is_identity(&self) -> bool {
         let plain = |axis: &Geometry| axis.kernel == 1 && axis.stride == 1 && axis.before + axis.after == 0;
         self.axes.iter().all(plain)
     }
