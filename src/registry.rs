@@ -15,7 +15,7 @@ use crate::operators::{Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operato
 use crate::traced::Traced;
 use crate::wora::{
     Adapter, Base, Cache, Config, Definition, Evaluation, Gradients, Layer, Method, NormGradient, RequiresGrad,
-    SCALE_NAMES, Storage, Workspace, as_matrix, check_mask,
+    SCALE_NAMES, Storage, as_matrix, check_mask,
 };
 use crate::{Counted, Dual, DualForward, Error, Real, Result, Rounded, Scalar};
 use ndarray::{ArcArray, Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Axis, IxDyn, Zip};
@@ -262,10 +262,7 @@ impl<O: Operator> Adapted<O> {
         let (y, cache) = layer.forward(x.clone(), mask.as_ref().map(|values| values.view()))?;
         let requires_grad =
             RequiresGrad { x: wanted("grad.x"), weight: wanted("grad.base.weight"), bias: wanted("grad.base.bias") };
-        let gradients = dy
-            .as_ref()
-            .map(|dy| layer.gradients(&Workspace::default(), &cache, dy.view(), requires_grad))
-            .transpose()?;
+        let gradients = dy.as_ref().map(|dy| layer.backward_of(&cache, dy.view(), requires_grad)).transpose()?;
         let norms = cache.direction().map(|direction| (direction.weight_norm.clone(), direction.gain.clone()));
         let (weight_norm, gain) = norms.unzip();
         let weighted = wanted("weighted").then(|| layer.weighted());

@@ -21,6 +21,12 @@ pub trait TrainingStep: Send {
     ///
     /// An input that does not fit (C1).
     fn flops(&self) -> Result<usize>;
+    /// The bytes of what a step cannot do without beside what it is given: y and dx, and of the cache P and U.
+    ///
+    /// # Errors
+    ///
+    /// An input that does not fit (C1).
+    fn kept_bytes(&self) -> Result<usize>;
 }
 
 /// A layer at one input and cotangent.
@@ -68,5 +74,13 @@ impl<O: Operator, T: Scalar> TrainingStep for StepOf<O, T> {
         let mixing = 3 * places * units * per_group; // forward, S, T
         let norms = units * fan_in * per_group;
         Ok(2 * (base + pair + mixing + norms)) // E76
+    }
+
+    fn kept_bytes(&self) -> Result<usize> {
+        let operator = self.layer.operator();
+        let outputs: usize = operator.output_shape(&self.x)?.iter().product();
+        let lora_outputs = outputs / operator.units() * self.layer.adapter().rank();
+        let inputs = self.x.values().map_or(0, |x| x.len());
+        Ok((2 * outputs + lora_outputs + inputs) * size_of::<T>())
     }
 }

@@ -153,22 +153,23 @@ pub(crate) struct Contracted<T> {
     pub input: Array3<T>,
 }
 
-/// [`channel_products`] of dy and p, [`mix_adjoint_weight`] of dy and u, [`mix_adjoint_input`] of b and dy.
+/// [`channel_products`] of dy and p, [`mix_adjoint_weight`] of dy and u, [`mix_adjoint_input`] of b and dy, which takes
+/// the place of u.
 pub(crate) fn contract<T: Scalar>(
     dy: ArrayView3<'_, T>,
     p: ArrayView3<'_, T>,
-    u: ArrayView3<'_, T>,
+    mut u: Array3<T>,
     b: ArrayView2<'_, T>,
     groups: usize,
 ) -> Contracted<T> {
-    let mut input = Array3::zeros(u.dim());
-    let all = blocks_mut(input.view_mut()).zip(blocks(dy)).zip(blocks(p)).zip(blocks(u));
+    let all = blocks_mut(u.view_mut()).zip(blocks(dy)).zip(blocks(p));
     let zero = || (Array1::zeros(b.nrows()), Array2::zeros(b.dim()));
-    let add = |_: &mut (), (products, weight): &mut (Array1<T>, Array2<T>), (((input, dy), p), u)| {
-        add_products(products, dy, p);
-        add_mix_adjoint_weight(weight.view_mut(), dy, u, groups);
-        mix_adjoint_input_block(input, b, dy, groups);
-    };
+    let add =
+        |_: &mut (), (products, weight): &mut (Array1<T>, Array2<T>), ((u, dy), p): ((ArrayViewMut3<'_, T>, _), _)| {
+            add_products(products, dy, p);
+            add_mix_adjoint_weight(weight.view_mut(), dy, u.view(), groups);
+            mix_adjoint_input_block(u, b, dy, groups);
+        };
     let (products, weight) = sum(
         dy.len(),
         all,
@@ -180,7 +181,7 @@ pub(crate) fn contract<T: Scalar>(
             *weight += &part.1;
         },
     );
-    Contracted { products, weight, input }
+    Contracted { products, weight, input: u }
 }
 
 /// The adjoint of u -> mix(b, u): `t[o, k, q] = sum_i b[i, k] dy[o, i, q]`: `[outer, rank, inner]`. E6.

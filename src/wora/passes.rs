@@ -218,21 +218,32 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
     pub fn backward_in(
         &self,
         workspace: &Workspace<T>,
-        cache: Cache<'_, O, T>,
+        mut cache: Cache<'_, O, T>,
         dy: ArrayViewD<'_, T>,
         requires_grad: RequiresGrad,
     ) -> Result<Gradients<T>> {
-        let gradients = self.gradients(workspace, &cache, dy, requires_grad);
+        let lora_output = std::mem::replace(&mut cache.lora_output, Array3::zeros((0, 0, 0)));
+        let gradients = self.gradients(workspace, &cache, lora_output, dy, requires_grad);
         workspace.recycle(cache.base_output);
-        workspace.recycle(cache.lora_output);
         gradients
     }
 
-    /// [`Layer::backward`] of what is looked at once more afterwards.
-    pub(crate) fn gradients(
+    /// [`Layer::backward`] of a cache that is looked at once more afterwards.
+    pub(crate) fn backward_of(
+        &self,
+        cache: &Cache<'_, O, T>,
+        dy: ArrayViewD<'_, T>,
+        requires_grad: RequiresGrad,
+    ) -> Result<Gradients<T>> {
+        self.gradients(&Workspace::default(), cache, cache.lora_output.clone(), dy, requires_grad)
+    }
+
+    /// [`Layer::backward`], but for the cache's U, which is handed over.
+    fn gradients(
         &self,
         workspace: &Workspace<T>,
         cache: &Cache<'_, O, T>,
+        lora_output: Array3<T>,
         dy: ArrayViewD<'_, T>,
         requires_grad: RequiresGrad,
     ) -> Result<Gradients<T>> {
@@ -247,7 +258,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         let gain_gamma = (&gain_out * gamma).insert_axis(Axis(1));
         let b = &self.b() * &gain_gamma;
         let Contracted { products: p, weight: s, input: t } =
-            contract(dy.view(), cache.base_output.view(), cache.lora_output.view(), b.view(), groups); // E19, E23
+            contract(dy.view(), cache.base_output.view(), lora_output, b.view(), groups); // E19, E23
         let z = (&self.b() * &s).sum_axis(Axis(1)); // E19
         let mut dbeta = gain_out.dot(&p); // E20
         let mut dalpha = scaling * gain_out.dot(&z); // E21
@@ -276,6 +287,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
             }
             du
         });
+        workspace.recycle(t);
         let mut weight = requires_grad.weight.then(|| self.adjoint_weight(cache, dy.view(), h_beta().view()));
 
         let mut magnitude = None;

@@ -3,7 +3,7 @@
 use super::*;
 use crate::operators::Linear;
 use crate::wora::Direction;
-use crate::wora::{Base, Config, Method, NormGradient, RequiresGrad, Workspace};
+use crate::wora::{Base, Config, Method, NormGradient, RequiresGrad};
 use approx::assert_relative_eq;
 use ndarray::IxDyn;
 use rand::{RngExt, SeedableRng};
@@ -33,7 +33,7 @@ fn with_passes(
     let layer = Layer::new(operator, config, base, adapter).expect("a layer");
     let (x, mask, dy) = (draw(&[3, 5]), draw(&[3, 5]).mapv(|kept| if kept > 0.0 { 2.0 } else { 0.0 }), draw(&[3, 7]));
     let (y, cache) = layer.forward(x.into(), Some(mask.view())).expect("y");
-    let gradients = layer.gradients(&Workspace::default(), &cache, dy.view(), RequiresGrad::ALL).expect("gradients");
+    let gradients = layer.backward_of(&cache, dy.view(), RequiresGrad::ALL).expect("gradients");
     let Direction { weight_norm, gain, .. } = cache.direction.clone().expect("a direction");
     let results = Evaluation {
         y,
