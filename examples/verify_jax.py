@@ -19,6 +19,10 @@ from safetensors.flax import save_file
 jax.config.update("jax_enable_x64", True)
 
 
+# What is computed on the way, and the result: a case written with answers has them too.
+STAGES = ("weighted", "weight_norm", "gain", "merged_weight", "y")
+
+
 def delta_weight(a, b, groups):
     """B A for each group: [units, fan_in]."""
     a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
@@ -97,7 +101,7 @@ def answer(path, out):
         metadata = file.metadata()
         t = {name: file.get_tensor(name) for name in file.keys()}
     settings = json.loads(metadata["wora_case"])
-    inputs = {n: v for n, v in t.items() if n != "y" and (n == "grad.y" or not n.startswith("grad."))}
+    inputs = {n: v for n, v in t.items() if n not in STAGES and (n == "grad.y" or not n.startswith("grad."))}
     moving = [n for n, v in inputs.items() if jnp.issubdtype(v.dtype, jnp.floating) and n not in ("grad.y", "dropout_mask")]
     y, pullback = jax.vjp(lambda leaves: wora(settings["layer"], settings, {**inputs, **leaves}), {n: inputs[n] for n in moving})
     answers = {"y": y}

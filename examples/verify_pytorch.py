@@ -17,6 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 
+# What is computed on the way, and the result: a case written with answers has them too.
+STAGES = ("weighted", "weight_norm", "gain", "merged_weight", "y")
+
+
 def delta_weight(a, b, groups):
     """B A for each group: [units, fan_in]."""
     a, b = a.flatten(1), b.flatten(1)
@@ -80,12 +84,17 @@ def operator(layer, settings, x, weight):
     return y if x.dim() == spatial + 2 else y.squeeze(0)
 
 
+def gradient(leaf):
+    """What reaches a leaf: zeros where the graph does not, as an optimiser sees it."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
 def answer(path, out, wrong):
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         t = {name: file.get_tensor(name) for name in file.keys()}
     settings = json.loads(metadata["wora_case"])
-    inputs = {n: v for n, v in t.items() if n != "y" and (n == "grad.y" or not n.startswith("grad."))}
+    inputs = {n: v for n, v in t.items() if n not in STAGES and (n == "grad.y" or not n.startswith("grad."))}
     dy = inputs.get("grad.y")
     leaves = {n: v.clone().requires_grad_() for n, v in inputs.items()
               if v.is_floating_point() and n not in ("grad.y", "dropout_mask")}
@@ -94,7 +103,7 @@ def answer(path, out, wrong):
         y = y + leaves["base.bias"].reshape(-1, *[1] * (0 if settings["layer"] == "linear" else int(settings["layer"][4])))
     if dy is not None:
         y.backward(dy)
-    answers = {"y": y.detach(), **{f"grad.{n}": v.grad for n, v in leaves.items() if v.grad is not None}}
+    answers = {"y": y.detach(), **({} if dy is None else {f"grad.{n}": gradient(v) for n, v in leaves.items()})}
     save_file({n: v.clone().contiguous() for n, v in {**inputs, **answers}.items()}, out / path.name, metadata)
 
 

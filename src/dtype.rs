@@ -6,8 +6,10 @@
 //! assert_eq!(Dtype::F16.round(1e6), f64::INFINITY);
 //! ```
 
+use crate::operators::PARALLEL_ELEMENTS;
 use crate::wora::Storage;
 use half::{bf16, f16};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -91,6 +93,45 @@ impl Dtype {
         };
         let total_chain = if self == Self::F64 { usize::MAX } else { 0 };
         Storage { smallest_normal: power_of_two(self.least_exponent()), chain, total_chain }
+    }
+
+    /// Its name in a file; `None` for a type that is none of these.
+    pub(crate) fn of(stored: safetensors::Dtype) -> Option<Self> {
+        Self::ALL.into_iter().find(|&dtype| safetensors::Dtype::from(dtype) == stored)
+    }
+
+    /// The little-endian bytes of the nearest numbers.
+    pub(crate) fn encode(self, values: &[f64]) -> Vec<u8> {
+        fn all<const N: usize>(values: &[f64], encode: impl Fn(f64) -> [u8; N] + Sync) -> Vec<u8> {
+            let mut bytes = vec![0; N * values.len()];
+            let (chunks, _) = bytes.as_chunks_mut::<N>();
+            chunks
+                .par_iter_mut()
+                .zip(values)
+                .with_min_len(PARALLEL_ELEMENTS)
+                .for_each(|(bytes, &v)| *bytes = encode(v));
+            bytes
+        }
+        match self {
+            Self::F64 => all(values, f64::to_le_bytes),
+            Self::F32 => all(values, |value| (value as f32).to_le_bytes()),
+            Self::Bf16 => all(values, |value| bf16::from_f64(self.round(value)).to_le_bytes()),
+            Self::F16 => all(values, |value| f16::from_f64(self.round(value)).to_le_bytes()),
+        }
+    }
+
+    /// The numbers of little-endian bytes.
+    pub(crate) fn decode(self, bytes: &[u8]) -> Vec<f64> {
+        fn all<const N: usize>(bytes: &[u8], decode: impl Fn([u8; N]) -> f64 + Sync) -> Vec<f64> {
+            let (chunks, _) = bytes.as_chunks::<N>();
+            chunks.par_iter().with_min_len(PARALLEL_ELEMENTS).map(|&bytes| decode(bytes)).collect()
+        }
+        match self {
+            Self::F64 => all(bytes, f64::from_le_bytes),
+            Self::F32 => all(bytes, |bytes| f32::from_le_bytes(bytes).into()),
+            Self::Bf16 => all(bytes, |bytes| bf16::from_le_bytes(bytes).to_f64()),
+            Self::F16 => all(bytes, |bytes| f16::from_le_bytes(bytes).to_f64()),
+        }
     }
 
     /// The little-endian bytes of the nearest number.

@@ -11,7 +11,8 @@
 //! 2. [`wora::Definition`]: the equation in plain loops, forward and backward.
 //! 3. [`operators`]: what x and W do to each other. They know nothing of adapters.
 //! 4. [`wora::Layer`]: the fast path, which never forms V, W' or dW'.
-//! 5. [`gradcheck`] and [`oracle`]: who says that all this is right. [`mistakes`]: what they must see.
+//! 5. [`peft`]: adapters as PEFT keeps them on disk, read, merged, unmerged and written.
+//! 6. [`gradcheck`] and [`oracle`]: who says that all this is right. [`mistakes`]: what they must see.
 //!
 //! The derivation of every line is in SPEC.md; `// E9` beside a line is the label of its formula there,
 //! `// C1` the constraint that a check enforces.
@@ -24,12 +25,15 @@ pub mod matmul;
 pub mod mistakes;
 pub mod operators;
 pub mod oracle;
+pub mod peft;
 pub mod registry;
 pub mod tensor_file;
+pub mod tensor_writer;
 pub mod traced;
 pub mod wora;
 
 mod counted;
+mod dtype;
 mod dual;
 mod error;
 mod rounded;

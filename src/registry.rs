@@ -239,7 +239,13 @@ impl<O: Operator> Adapted<O> {
         let layer = Layer::new(operator, config, base, adapter)?;
         let mask = case.optional("dropout_mask")?.map(cast);
         let dy = case.optional("grad.y")?.map(T::from_shared);
-        Ok(Parts { layer, x: Self::input(case)?, mask, dy })
+        let x = Self::input(case)?;
+        // Before anything is computed: what an absurd setting asks for may be more than there is memory.
+        let output_shape = layer.operator().output_shape(&x)?;
+        let y = case.tensors.get("y").map(|y| ("y", y.shape()));
+        let outputs = dy.as_ref().map(|dy| ("grad.y", dy.shape())).into_iter().chain(y);
+        outputs.into_iter().try_for_each(|(name, shape)| check_shape(name, &output_shape, shape))?; // C1
+        Ok(Parts { layer, x, mask, dy })
     }
 
     fn input<T: Scalar>(case: &Case) -> Result<O::Input<'static, T>> {
@@ -288,9 +294,7 @@ impl<O: Operator> Adapted<O> {
         run: impl FnOnce(Definition<'_, '_, O, R>, Option<ArrayViewD<'_, f64>>) -> Out,
     ) -> Result<Out> {
         let Parts { layer, x, mask, dy } = Self::parts::<f64>(case)?;
-        let output_shape = layer.operator().output_shape(&x)?;
         mask.as_ref().map_or(Ok(()), |mask| check_mask(&x, mask.shape()))?;
-        dy.as_ref().map_or(Ok(()), |dy| check_shape("grad.y", &output_shape, dy.shape()))?; // C1
         let Base { weight, bias } = layer.base();
         let named: BTreeMap<_, _> = layer.adapter().named(O::LORA_NAMES).into_iter().collect();
         let definition = Definition {

@@ -12,6 +12,7 @@
 //! # Ok::<(), woracle::Error>(())
 //! ```
 
+use crate::dtype::Dtype;
 use crate::{Error, Result};
 use ndarray::ArrayD;
 use rayon::prelude::*;
@@ -21,6 +22,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{Error as IoError, Read};
+use std::ops::Range;
 use std::path::Path;
 
 /// Bytes of the file that give the length of the header.
@@ -142,6 +144,50 @@ impl<'a> TensorFile<'a> {
         self.header.tensors().into_iter().collect()
     }
 
+    /// Some of the bytes of a tensor; the name is for what goes wrong.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be read to the tensor's end.
+    ///
+    /// # Panics
+    ///
+    /// If the tensor has fewer bytes.
+    pub fn bytes(&self, name: &str, tensor: &TensorInfo, range: Range<usize>) -> Result<Vec<u8>> {
+        let (first, end) = tensor.data_offsets;
+        assert!(range.start <= range.end && range.end <= end - first, "{range:?} of {} bytes", end - first);
+        let mut bytes = vec![0; range.len()];
+        let read = self.source.read_exact_at(&mut bytes, self.start + (first + range.start) as u64);
+        read.map_err(|error| Error::Unexpected {
+            tensor: name.into(),
+            reason: format!("expected {} bytes, found the end: {error}", end - first),
+        })?;
+        Ok(bytes)
+    }
+
+    /// All of a tensor's floating-point numbers, and the type that they are stored in.
+    ///
+    /// # Errors
+    ///
+    /// A tensor that is not there (C7) or is of another type; a file that cannot be read to the tensor's end.
+    pub fn values(&self, name: &str) -> Result<(ArrayD<f64>, Dtype)> {
+        let missing = || Error::Missing { tensor: name.into(), expected: "a tensor".into() };
+        let info = self.header.info(name).ok_or_else(missing)?; // C7
+        let dtype = floating_point(name, info)?;
+        let values = dtype.decode(&self.bytes(name, info, 0..info.data_offsets.1 - info.data_offsets.0)?);
+        Ok((ArrayD::from_shape_vec(info.shape.clone(), values).map_err(|_| too_large(name, info))?, dtype))
+    }
+
+    /// A tensor's type, its shape, where it lies.
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.header.info(name)
+    }
+
+    /// The names of the tensors in the order in which they lie.
+    pub fn in_order(&self) -> Vec<String> {
+        self.header.offset_keys()
+    }
+
     /// The elements of a tensor whose type has `N` bytes; the name is for what goes wrong.
     ///
     /// # Errors
@@ -171,10 +217,23 @@ impl<'a> TensorFile<'a> {
                 tensor: name.into(),
                 reason: format!("expected {count} elements, found the end: {error}"),
             })?;
-        ArrayD::from_shape_vec(tensor.shape.clone(), elements).map_err(|_| Error::Shape {
-            tensor: name.into(),
-            expected: "one that fits in memory".into(),
-            found: tensor.shape.clone(),
-        })
+        ArrayD::from_shape_vec(tensor.shape.clone(), elements).map_err(|_| too_large(name, tensor))
     }
+}
+
+fn too_large(name: &str, tensor: &TensorInfo) -> Error {
+    let expected = "one that fits in memory".into();
+    Error::Shape { tensor: name.into(), expected, found: tensor.shape.clone() }
+}
+
+/// The type of a tensor of floating-point numbers.
+///
+/// # Errors
+///
+/// A tensor of another type.
+pub fn floating_point(name: &str, tensor: &TensorInfo) -> Result<Dtype> {
+    Dtype::of(tensor.dtype).ok_or_else(|| Error::Unexpected {
+        tensor: name.into(),
+        reason: format!("expected F64, F32, BF16 or F16, found {}", tensor.dtype),
+    })
 }

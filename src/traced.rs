@@ -190,7 +190,8 @@ pub fn gradient(
             continue;
         }
         let adjoint = adjoints.0[node];
-        if adjoint == 0.0 {
+        // Times what is not finite, none is no number, as elsewhere.
+        if adjoint == 0.0 && partials.iter().all(|partial| partial.is_finite()) {
             continue;
         }
         for (&parent, partial) in parents.iter().zip(partials).filter(|(parent, _)| **parent != CONSTANT) {

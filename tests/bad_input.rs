@@ -323,7 +323,13 @@ fn settings_that_no_layer_has_are_refused() {
         ("zero_norm", |file| file.set("zero_norm", "maybe"), &["zero_norm", "maybe", "error", "zero"]),
         ("method", |file| file.set("method", "qlora"), &["method", "qlora", "lora", "dora", "wora"]),
         ("fan_in_fan_out", |file| file.set("fan_in_fan_out", "yes"), &["fan_in_fan_out", "yes"]),
+        ("tier", |file| file.set("tier", "Exact"), &["tier", "\"rounded\" or \"exact\"", "found \"Exact\""]),
+        ("tier a number", |file| file.set("tier", 1), &["tier", "found 1"]),
     ]);
+    refuses_changed(&[(
+        "conv2d-plain",
+        ("more outputs than memory", |file| file.set("padding", 30000), &["y: expected shape", "60005"]),
+    )]);
 }
 
 #[test]

@@ -100,6 +100,9 @@ fn two_mistakes_at_once_are_named_together() {
         ("conv1d", "conv1d-same-dilated", ["lora-dilation-dropped", "norm-of-base"]),
         ("conv1d", "conv1d-dropout", ["gradients-averaged", "beta-gradient-negated"]),
         ("conv3d", "conv3d-plain", ["kernel-flipped", "magnitude-detached"]),
+        ("linear", "linear-full", ["norm-gradient-sign", "bias-twice"]),
+        ("linear", "linear-full", ["norm-gradient-twice", "scaling-twice"]),
+        ("linear", "linear-full", ["magnitude-gradient-extra-gain", "norm-of-base"]),
     ];
     for (name, case, ids) in pairs {
         let subject = layer(name).expect("a layer");
@@ -126,6 +129,48 @@ fn changed(change: impl Fn(&mut woracle::case::Tensors)) -> (Vec<String>, Vec<St
     let diagnosis = diagnose(&CaseFile::new(case, Dtype::F64)).expect("a diagnosis");
     let ids = diagnosis.candidates.into_iter().map(|candidate| candidate.id).collect();
     (ids, diagnosis.facts)
+}
+
+#[test]
+fn a_gradient_of_the_wrong_sign_or_size_is_no_pair_of_what_is_not_there() {
+    for name in ["grad.lora_A", "grad.lora_B", "grad.lora_magnitude_vector", "grad.base.bias"] {
+        for factor in [-1.0, 2.0] {
+            let (ids, facts) = changed(|all| all.get_mut(name).expect(name).mapv_inplace(|value| value * factor));
+            let norm_path = ids.iter().find(|id| id.contains("norm-gradient"));
+            assert_eq!(norm_path, None, "{name} times {factor}, where the norm is held");
+            assert!(facts.iter().any(|fact| fact.contains(&format!("{factor:.6} times"))), "{name}: {facts:?}");
+        }
+    }
+}
+
+#[test]
+fn intermediates_that_a_mistake_does_not_touch_do_not_hide_it() {
+    let linear = layer("linear").expect("linear");
+    for id in ["base-counted-twice", "gain-on-lora-only"] {
+        let mut file = wrong(linear, &linear.specs()[0], &[mistake(id).expect("an id")], Dtype::F64).expect("made");
+        let weight = linear.define(&file.case).expect("answers")["merged_weight"].mapv(|value| 1.5 * value + 0.25);
+        file.case.tensors.insert("merged_weight".into(), Tensor::Float(weight.into()));
+        assert_eq!(diagnose(&file).expect("a diagnosis").candidates[0].ids, [id]);
+    }
+}
+
+#[test]
+fn no_numbers_are_the_same_whichever_they_are() {
+    let linear = layer("linear").expect("linear");
+    let spec = linear.specs().iter().find(|spec| spec.name == "linear-zero-unit").expect("a case");
+    let id = "zero-norm-not-guarded";
+    let mut file = wrong(linear, spec, &[mistake(id).expect("an id")], Dtype::F64).expect("it can be made");
+    let Tensor::Float(dm) = &file.case.tensors["grad.lora_magnitude_vector"] else { panic!("dm has values") };
+    assert!(
+        dm[0].is_nan() && dm.iter().skip(1).all(|dm| dm.is_finite()),
+        "0 / 0 in the unit without a direction: {dm}"
+    );
+    for tensor in file.case.tensors.values_mut() {
+        if let Tensor::Float(values) = tensor {
+            values.mapv_inplace(|value| if value.is_nan() { f64::NEG_INFINITY } else { value });
+        }
+    }
+    assert_eq!(diagnose(&file).expect("a diagnosis").candidates[0].ids, [id]);
 }
 
 #[test]

@@ -161,10 +161,32 @@ fn the_schemas_are_json_and_name_every_field() {
     assert_eq!(fields(&manifest), fields(&schema["properties"]));
     assert_eq!(fields(&manifest["cases"][0]), fields(&schema["properties"]["cases"]["items"]["properties"]));
     let settings = case_file::parse(&bytes, "").expect("a file").case.settings;
+    let directory = tempfile::tempdir().expect("a directory");
+    std::fs::write(directory.path().join("a.safetensors"), &bytes).expect("written");
+    let (_, stdout, _) = wora(&["verify", &directory.path().to_string_lossy(), "--json"]);
+    let report: Value = serde_json::from_str(&stdout).expect("JSON");
+    let schema = read("report.schema.json");
+    assert_eq!(fields(&report), fields(&schema["properties"]));
+    let of_case = &schema["properties"]["cases"]["items"]["properties"];
+    assert_eq!(fields(&report["cases"][0]), fields(of_case));
+    assert_eq!(fields(&report["cases"][0]["tensors"][0]), fields(&of_case["tensors"]["items"]["properties"]));
     let schema = read("case.schema.json");
     for field in settings.keys() {
         assert!(schema["properties"].get(field).is_some(), "{field}");
     }
+}
+
+#[test]
+fn a_directory_that_holds_other_cases_is_refused() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let out = directory.path().to_string_lossy().into_owned();
+    for case in ["linear-plain", "linear-plain"] {
+        assert_eq!(wora(&["golden", &out, case]).0, Some(0), "the same cases may be written again");
+    }
+    let (code, stdout, stderr) = wora(&["golden", &out, "linear-dora"]);
+    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (Some(2), "", 1));
+    assert!(stderr.contains("linear-plain.safetensors"), "{stderr}");
+    assert_eq!(files(directory.path()).len(), 2);
 }
 
 #[test]

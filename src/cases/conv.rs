@@ -7,6 +7,7 @@ use crate::wora::{Config, Method, ZeroNorm};
 const DETACHED: Config = Spec::plain("").config;
 const FULL: Config = Config { norm_gradient: NormGradient::Full, ..DETACHED };
 const ZERO_UNIT: Config = Config { zero_norm: ZeroNorm::Zero, ..FULL };
+const EPS_FULL: Config = Config { norm_eps: 0.125, ..FULL };
 const LORA: Config = Config { method: Method::Lora, ..DETACHED };
 const DORA_FULL: Config = Config { method: Method::Dora, ..FULL };
 
@@ -67,6 +68,9 @@ pub const CONV1D: &[Spec] = &[
     conv("conv1d-same-dilated", &[2, 4, 9], &[6, 4, 3], SAME_DILATED),
     // As many channels in as out, so that a norm along the other axis is a wrong number and no wrong shape.
     Spec { config: FULL, ..conv("conv1d-square-full", &[2, 4, 7], &[4, 4, 3], PADDED) },
+    // As many ranks as units, so that a transposed B is a wrong number and no wrong shape.
+    Spec { rank: 6, config: EPS_FULL, ..conv("conv1d-norm-eps-full", &[2, 4, 7], &[6, 4, 3], PADDED) },
+    Spec { twist: Twist::ZeroUnit, config: ZERO_UNIT, ..conv("conv1d-zero-unit-full", &[2, 4, 7], &[6, 4, 3], PADDED) },
     exact("conv1d-exact", &[1, 2, 4], &[3, 2, 2], PADDED),
     Spec {
         config: Config { norm_gradient: NormGradient::Full, ..TWO },
@@ -105,6 +109,8 @@ pub const CONV2D: &[Spec] = &[
         ..conv("conv2d-zero-unit-full", &[1, 4, 5, 5], &[6, 4, 3, 3], PADDED)
     },
     Spec { config: FULL, ..conv("conv2d-square-full", &[1, 4, 5, 5], &[4, 4, 3, 2], PADDED) },
+    // As many ranks as units, so that a transposed B is a wrong number and no wrong shape.
+    Spec { rank: 6, config: EPS_FULL, ..conv("conv2d-norm-eps-full", &[1, 4, 5, 5], &[6, 4, 3, 2], PADDED) },
     exact("conv2d-exact", &[1, 2, 2, 3], &[3, 2, 2, 2], PADDED),
     // 900 positions, two tiles; 40 * 900 * 2 outputs, above the threshold of parallel passes.
     Spec { rank: 4, config: FULL, ..conv("conv2d-large-full", &[2, 20, 30, 30], &[40, 20, 3, 3], PADDED) },
@@ -145,6 +151,13 @@ pub const CONV3D: &[Spec] = &[
     },
     Spec { dropout: Some(0.5), ..conv("conv3d-dropout", &[1, 2, 3, 3, 4], &[4, 2, 2, 2, 2], PADDED) },
     Spec { config: FULL, ..conv("conv3d-square-full", &[1, 3, 3, 3, 3], &[3, 3, 2, 3, 2], PADDED) },
+    // As many ranks as units, so that a transposed B is a wrong number and no wrong shape.
+    Spec { rank: 4, config: EPS_FULL, ..conv("conv3d-norm-eps-full", &[1, 2, 3, 3, 4], &[4, 2, 2, 3, 2], PADDED) },
+    Spec {
+        twist: Twist::ZeroUnit,
+        config: ZERO_UNIT,
+        ..conv("conv3d-zero-unit-full", &[1, 2, 3, 3, 4], &[4, 2, 2, 3, 2], PADDED)
+    },
     exact("conv3d-exact", &[1, 2, 2, 2, 2], &[2, 2, 2, 1, 2], PADDED),
     // 2 tiles of 1000 positions.
     Spec { config: FULL, ..conv("conv3d-large-full", &[2, 6, 10, 10, 10], &[36, 6, 3, 3, 3], PADDED) },

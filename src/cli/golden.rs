@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use woracle::oracle::Dtype;
-use woracle::oracle::golden::{Entry, Manifest, Options, cases};
+use woracle::oracle::golden::{Cases, Entry, Manifest, Options, cases};
 use woracle::{Error, Result};
 
 /// Write case files for another implementation to be checked by, and a manifest of them.
@@ -41,6 +41,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     let chosen = cases(args.filter.as_deref().unwrap_or(""), options)?;
     let bar = progress(chosen.len());
     std::fs::create_dir_all(&args.out_dir).map_err(|error| Error::io(&args.out_dir, &error))?;
+    refuse_others(&args.out_dir, &chosen)?;
     let one = |case: Result<(Entry, Vec<u8>)>| {
         let (entry, bytes) = case?;
         write(&args.out_dir.join(&entry.file), &bytes)?;
@@ -60,6 +61,23 @@ pub fn run(args: Args) -> Result<Outcome> {
         format!("{count} case files and manifest.json in {}", args.out_dir.display())
     })?;
     Ok(Outcome::Good)
+}
+
+/// Fails if the directory has case files that the manifest would not name.
+fn refuse_others(out_dir: &Path, written: &Cases) -> Result<()> {
+    let entries = std::fs::read_dir(out_dir).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+    let files = entries.map_err(|error| Error::io(out_dir, &error))?.into_iter().map(|entry| entry.path());
+    let is_other = |file: &PathBuf| {
+        let is_case = file.extension().is_some_and(|extension| extension == "safetensors");
+        is_case && !written.names().any(|name| file.file_stem().is_some_and(|stem| stem == name))
+    };
+    match files.filter(is_other).min() {
+        None => Ok(()),
+        Some(other) => {
+            let message = format!("expected no case files but those to be written, found {}", other.display());
+            Err(Error::File { path: out_dir.into(), message })
+        }
+    }
 }
 
 /// Writes a file to the side and puts it in its place: never half of one.

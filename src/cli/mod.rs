@@ -5,7 +5,10 @@ mod bench;
 mod check;
 mod escape;
 mod golden;
+mod inspect;
+mod merge;
 mod mistakes;
+mod unmerge;
 mod verify;
 
 use clap::{Parser, Subcommand};
@@ -27,6 +30,9 @@ enum Command {
     Bench(bench::Args),
     Check(check::Args),
     Golden(golden::Args),
+    Inspect(inspect::Args),
+    Merge(merge::Args),
+    Unmerge(unmerge::Args),
     Verify(verify::Args),
 }
 
@@ -41,12 +47,22 @@ enum Outcome {
     Unreadable,
 }
 
+/// Has a write beyond a limit on file sizes fail like any other, instead of ending the process.
+fn outlive_file_size_limit() {
+    #[cfg(unix)]
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, std::sync::Arc::default());
+}
+
 /// Runs the command line of this process.
 pub fn run() -> ExitCode {
+    outlive_file_size_limit();
     let done = match Cli::parse().command {
         Command::Bench(args) => bench::run(args),
         Command::Check(args) => check::run(args),
         Command::Golden(args) => golden::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Merge(args) => merge::run(args),
+        Command::Unmerge(args) => unmerge::run(args),
         Command::Verify(args) => verify::run(args),
     };
     match done {
@@ -93,6 +109,21 @@ fn progress(length: usize) -> ProgressBar {
     let bar = ProgressBar::new(length as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta}").expect("a template"));
     bar
+}
+
+/// A progress bar in bytes on a terminal; nothing in a pipe.
+fn progress_in_bytes(length: u64) -> ProgressBar {
+    let bar = ProgressBar::new(length);
+    let style = ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
+    bar.set_style(style.expect("a template"));
+    bar
+}
+
+/// What is switched on in adapters and left out of account, on standard error.
+fn warn(adapters: &[woracle::peft::Checkpoint]) {
+    for warning in adapters.iter().flat_map(|adapter| adapter.config().warnings()) {
+        eprintln!("wora: warning: {}", printable(&warning));
+    }
 }
 
 fn table(header: &[&str]) -> Table {

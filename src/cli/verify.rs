@@ -1,20 +1,31 @@
-//! `wora verify PATH...`: somebody's results, in case files, against the oracle's, and what they did wrong.
+//! `wora verify PATH...`: somebody's results, in case files or in a merged model, against the oracle's, and what they did
+//! wrong.
 
 use super::{Outcome, complain, escape, print, printable, progress, table};
 use indicatif::ProgressBar;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
-use woracle::oracle::case_file;
 use woracle::oracle::diagnose::{self, Candidate, Diagnosis};
 use woracle::oracle::verify::{self, TensorVerdict, Tolerance, Verdict};
+use woracle::oracle::{CaseFile, case_file};
+use woracle::peft::{Checkpoint, Model, compare};
 use woracle::{Error, Result};
 
 /// Judge results that another implementation wrote into case files, and name the mistake that explains wrong ones.
 #[derive(clap::Args)]
 pub struct Args {
     /// Case files, or directories of them
-    #[arg(required = true)]
+    #[arg(required_unless_present = "merged", conflicts_with = "merged")]
     paths: Vec<PathBuf>,
+    /// Judge a merged model instead: somebody's merge of this adapter, a directory of PEFT's
+    #[arg(long, requires_all = ["base", "merged"])]
+    adapter: Option<PathBuf>,
+    /// The base that the adapter was merged into: a safetensors file, or a directory
+    #[arg(long, requires_all = ["adapter", "merged"])]
+    base: Option<PathBuf>,
+    /// What came of it: a safetensors file, or a directory
+    #[arg(long, requires_all = ["adapter", "base"])]
+    merged: Option<PathBuf>,
     /// Accept what is off by this part of the expected number, instead of the rounding bound of its type
     #[arg(long, value_parser = tolerance)]
     rtol: Option<f64>,
@@ -62,27 +73,11 @@ struct CaseVerdict {
 }
 
 pub fn run(args: Args) -> Result<Outcome> {
-    let mut files = Vec::new();
-    for path in &args.paths {
-        match case_file::find(path) {
-            Ok(found) => files.extend(found.into_iter().map(Ok)),
-            Err(error) => files.push(Err((path.clone(), error))),
-        }
-    }
     let tolerance = Tolerance { rtol: args.rtol, atol: args.atol };
-    let bar = progress(files.len());
-    let mut cases = Vec::new();
-    for file in &files {
-        cases.push(match file {
-            Ok(file) => {
-                bar.set_message(file.display().to_string());
-                judge(file, tolerance, &bar)
-            }
-            Err((path, error)) => refuse(path, error, &bar),
-        });
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
+    let cases = match (&args.adapter, &args.base, &args.merged) {
+        (Some(adapter), Some(base), Some(merged)) => judge_merge(adapter, base, merged, tolerance)?,
+        _ => judge_files(&args.paths, tolerance),
+    };
     let passed = cases.iter().filter(|case| case.verdict == Verdict::Pass).count();
     let report = Report { passed, failed: cases.len() - passed, cases };
     print(&match (args.json, args.markdown, args.junit) {
@@ -101,11 +96,73 @@ pub fn run(args: Args) -> Result<Outcome> {
     })
 }
 
+/// The adapted weights of a merged model, one case each, and what else of it has changed.
+fn judge_merge(adapter: &Path, base: &Path, merged: &Path, tolerance: Tolerance) -> Result<Vec<CaseVerdict>> {
+    let (checkpoint, base, theirs) = (Checkpoint::open(adapter)?, Model::open(base)?, Model::open(merged)?);
+    let modules: Vec<&str> = checkpoint.modules().collect();
+    let bar = progress(modules.len());
+    let mut cases = vec![];
+    for module in modules {
+        bar.set_message(module.to_string());
+        let judged = compare::case(&checkpoint, &base, &theirs, module).map_err(|error| error.in_file(merged));
+        cases.push(match judged {
+            // A merged model answers nothing but weights.
+            Ok(file) => CaseVerdict { unanswered: vec![], ..judge_case(file, merged, tolerance, &bar) },
+            Err(error) => CaseVerdict { name: module.into(), ..refuse(merged, &error, &bar) },
+        });
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    for (name, line) in compare::changed_otherwise(&checkpoint, &base, &theirs)? {
+        cases.push(CaseVerdict {
+            name: name.clone(),
+            file: merged.display().to_string(),
+            verdict: Verdict::Fail,
+            tensors: vec![],
+            unanswered: vec![],
+            diagnosis: Diagnosis {
+                first_diverging: Some(name.clone()),
+                facts: vec![format!("{name}: {line}")],
+                ..Diagnosis::default()
+            },
+            error: None,
+        });
+    }
+    Ok(cases)
+}
+
+fn judge_files(paths: &[PathBuf], tolerance: Tolerance) -> Vec<CaseVerdict> {
+    let mut files = Vec::new();
+    for path in paths {
+        match case_file::find(path) {
+            Ok(found) => files.extend(found.into_iter().map(Ok)),
+            Err(error) => files.push(Err((path.clone(), error))),
+        }
+    }
+    let bar = progress(files.len());
+    let mut cases = Vec::new();
+    for file in &files {
+        cases.push(match file {
+            Ok(file) => {
+                bar.set_message(file.display().to_string());
+                judge(file, tolerance, &bar)
+            }
+            Err((path, error)) => refuse(path, error, &bar),
+        });
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    cases
+}
+
 fn judge(path: &Path, tolerance: Tolerance, bar: &ProgressBar) -> CaseVerdict {
-    let file = match case_file::read(path) {
-        Ok(file) => file,
-        Err(error) => return refuse(path, &error, bar),
-    };
+    match case_file::read(path) {
+        Ok(file) => judge_case(file, path, tolerance, bar),
+        Err(error) => refuse(path, &error, bar),
+    }
+}
+
+fn judge_case(file: CaseFile, path: &Path, tolerance: Tolerance, bar: &ProgressBar) -> CaseVerdict {
     let judged = diagnose::judge(&file, tolerance);
     match judged.and_then(|(tensors, diagnosis)| Ok((tensors, diagnosis, verify::unanswered(&file)?))) {
         Ok((tensors, diagnosis, unanswered)) => {
@@ -184,9 +241,7 @@ fn explanation(case: &CaseVerdict) -> Vec<String> {
     if case.verdict == Verdict::Fail && candidates.is_empty() && !too_large {
         lines.push("no known mistake, nor a pair of them, explains these numbers".into());
     }
-    if explained != Some(0.0) {
-        lines.extend(facts.iter().map(|fact| format!("   {}", printable(fact))));
-    }
+    lines.extend(facts.iter().map(|fact| format!("   {}", printable(fact))));
     lines
 }
 

@@ -157,7 +157,7 @@ pub static MISTAKES: &[Mistake] = &[
     ),
     forward(
         "norm-eps-ignored",
-        &["linear", "embedding"],
+        EVERY,
         "4",
         Formula { eps: Eps::Ignored, ..RIGHT },
         "norm_eps is not added.",
@@ -165,7 +165,7 @@ pub static MISTAKES: &[Mistake] = &[
     ),
     forward(
         "norm-eps-inside-root",
-        &["linear", "embedding"],
+        EVERY,
         "4",
         Formula { eps: Eps::InsideRoot, ..RIGHT },
         "norm_eps is added to the square of the norm.",
@@ -173,7 +173,7 @@ pub static MISTAKES: &[Mistake] = &[
     ),
     backward(
         "norm-eps-in-norm-gradient",
-        &["linear", "embedding"],
+        EVERY,
         "5.3",
         Of(Formula { eps: Eps::InGradient, ..RIGHT }, ALL),
         "The gradient through the norm divides by n twice instead of by n and by ||V||.",
@@ -215,7 +215,7 @@ pub static MISTAKES: &[Mistake] = &[
     ),
     forward(
         "zero-norm-not-guarded",
-        &["linear", "embedding", "conv2d"],
+        EVERY,
         "4",
         Formula { gain: Gain::Unguarded, ..RIGHT },
         "A unit whose V is zero gets g = m / 0: its outputs and gradients are no numbers.",
@@ -507,7 +507,7 @@ pub static MISTAKES: &[Mistake] = &[
     ),
     backward(
         "lora-b-gradient-transposed",
-        LINEAR,
+        VALUES,
         "6.2",
         Changed(|g| g.transpose_b()),
         "dB is transposed, which a square B does not notice.",

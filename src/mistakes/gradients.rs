@@ -6,6 +6,7 @@ use crate::case::{Case, Tensor, Tensors};
 use crate::traced::{TracedTensors, gradient};
 use crate::{Real, Result};
 use ndarray::ArrayD;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A formula, and what it came to; `None` where it asks for other shapes.
@@ -85,13 +86,16 @@ impl Spoiling<'_> {
 /// The results of mistakes, to be changed.
 pub struct Gradients<'a> {
     pub(super) spoiling: &'a Spoiling<'a>,
-    pub(super) gradients: Tensors,
+    /// Everything, in y and in the stages too.
+    pub(super) results: Tensors,
+    /// What the gradients are those of, by their names.
+    pub(super) formulas: BTreeMap<String, Formula>,
 }
 
 impl Gradients<'_> {
     /// The gradient with respect to this tensor, where there is one.
     fn get(&mut self, parameter: Parameter) -> Option<&mut ArrayD<f64>> {
-        self.gradients.get_mut(&format!("grad.{}", parameter.name(self.spoiling.lora)))
+        self.results.get_mut(&format!("grad.{}", parameter.name(self.spoiling.lora)))
     }
 
     /// A scalar parameter's value; 1 where it is not learned.
@@ -123,19 +127,18 @@ impl Gradients<'_> {
     /// Multiplies every element of dm by a function of m and n.
     pub(super) fn scale_magnitude(&mut self, factor: impl Fn(f64, f64) -> f64) -> Result<()> {
         let m = self.spoiling.case.values(Magnitude.name(self.spoiling.lora)).ok().cloned();
-        let n = self.spoiling.right.get("weight_norm");
+        let n = self.results.get("weight_norm").cloned();
         if let (Some(m), Some(n), Some(gradient)) = (m, n, self.get(Magnitude)) {
-            gradient.iter_mut().zip(&m).zip(n).for_each(|((dm, &m), &n)| *dm *= factor(m, n));
+            gradient.iter_mut().zip(&m).zip(&n).for_each(|((dm, &m), &n)| *dm *= factor(m, n));
         }
         Ok(())
     }
 
     /// Multiplies the path through the norm, which is all that differs between the two gradients.
     pub(super) fn scale_norm_path(&mut self, factor: f64) -> Result<()> {
-        let Some(held) = self.spoiling.evaluate(&Formula { norm_gradient: Path::Held, ..RIGHT })? else {
-            return Ok(());
-        };
-        for (name, gradient) in self.gradients.iter_mut().filter(|(name, _)| name.starts_with("grad.")) {
+        for (name, &formula) in &self.formulas {
+            let held = self.spoiling.evaluate(&Formula { norm_gradient: Path::Held, ..formula })?;
+            let (Some(held), Some(gradient)) = (held, self.results.get_mut(name)) else { continue };
             gradient.zip_mut_with(&held[name], |full, &held| *full = held + factor * (*full - held));
         }
         Ok(())
@@ -154,7 +157,7 @@ impl Gradients<'_> {
             dy.fill(1.0);
         }
         if let Some(others) = self.spoiling.at(&RIGHT, &ones)? {
-            self.gradients.extend(others.into_iter().filter(|(name, _)| name.starts_with("grad.")));
+            self.results.extend(others.into_iter().filter(|(name, _)| name.starts_with("grad.")));
         }
         Ok(())
     }
@@ -173,7 +176,8 @@ impl Gradients<'_> {
         if let Some(gradient) = self.get(LoraB)
             && gradient.shape()[0] == gradient.shape()[1]
         {
-            *gradient = gradient.t().as_standard_layout().into_owned();
+            gradient.swap_axes(0, 1);
+            *gradient = gradient.as_standard_layout().into_owned();
         }
         Ok(())
     }

@@ -159,6 +159,7 @@ pub(crate) fn results(mistakes: &[&Mistake], spoiling: &Spoiling<'_>) -> Result<
     let Some(forward) = forward(mistakes) else { return Ok(None) };
     let Some(evaluated) = spoiling.evaluate(&forward)? else { return Ok(None) };
     let mut results = (*evaluated).clone();
+    let (mut formulas, mut zeros) = (BTreeMap::new(), vec![]);
     for parameter in Parameter::ALL {
         let key = format!("grad.{}", parameter.name(spoiling.lora));
         if !results.contains_key(&key) {
@@ -173,17 +174,25 @@ pub(crate) fn results(mistakes: &[&Mistake], spoiling: &Spoiling<'_>) -> Result<
             let Some(function) = together(&[others, vec![&forward]].concat()) else { return Ok(None) };
             let Some(evaluated) = spoiling.evaluate(&function)? else { return Ok(None) };
             results.insert(key.clone(), evaluated[&key].clone());
+            formulas.insert(key.clone(), function);
+        } else {
+            formulas.insert(key.clone(), forward);
         }
         let zero = |mistake: &&Mistake| matches!(&mistake.backward, Backward::Zero(list) if list.contains(&parameter));
         if mistakes.iter().any(zero) {
-            results.insert(key.clone(), ArrayD::zeros(results[&key].raw_dim()));
+            zeros.push(key);
         }
     }
-    let mut gradients = Gradients { spoiling, gradients: results };
+    let mut gradients = Gradients { spoiling, results, formulas };
     for mistake in mistakes {
         if let Backward::Changed(change) = mistake.backward {
             change(&mut gradients)?;
         }
     }
-    Ok(Some(gradients.gradients))
+    let mut results = gradients.results;
+    // A gradient that is cut off is none whatever else is done to it.
+    for key in zeros {
+        results.entry(key).and_modify(|gradient| gradient.fill(0.0));
+    }
+    Ok(Some(results))
 }

@@ -148,13 +148,18 @@ impl<'a> Evidence<'a> {
     }
 
     /// The largest error over its bound and the root mean square, if these are somebody's results. Somebody may have
-    /// recorded right intermediates beside a wrong y, so those speak for a mistake or not at all.
+    /// recorded right intermediates beside a wrong y, so those speak for a mistake or not at all; so do those that the
+    /// mistake leaves as they are, beside a y that it explains.
     fn weigh(&self, theirs: &Tensors) -> (f64, f64) {
         let (mut most, mut squares, mut count) = (0.0_f64, 0.0, 0);
         for &(name, actual, bound) in &self.answers {
             let Some(wrong) = theirs.get(name).filter(|wrong| wrong.shape() == actual.shape()) else { continue };
             let mut of = errors(actual, wrong, &self.right[name], bound);
-            if !(name == "y" || name.starts_with("grad.")) {
+            if !is_result(name) {
+                let untouched = errors(wrong, &self.right[name], &self.right[name], bound).0 <= 1.0;
+                if untouched && self.answers.iter().any(|(name, ..)| is_result(name)) {
+                    continue;
+                }
                 let right = errors(actual, &self.right[name], &self.right[name], bound);
                 if right.0 < of.0 {
                     of = right;
@@ -178,6 +183,11 @@ impl<'a> Evidence<'a> {
     }
 }
 
+/// Whether an answer is y or a gradient, and no intermediate.
+fn is_result(name: &str) -> bool {
+    name == "y" || name.starts_with("grad.")
+}
+
 /// The largest error over its bound, and the sum of squares, of answers that should be `wrong`. Its bound is that of the
 /// right result, as much wider as the wrong one is larger.
 fn errors(actual: &ArrayRef<f64, IxDyn>, wrong: &ArrayD<f64>, right: &ArrayD<f64>, bound: &ArrayD<f64>) -> (f64, f64) {
@@ -189,7 +199,8 @@ fn errors(actual: &ArrayRef<f64, IxDyn>, wrong: &ArrayD<f64>, right: &ArrayD<f64
     let larger = if larger.is_nan() { ALLOWANCE } else { larger };
     let (mut most, mut squares) = (0.0_f64, 0.0);
     for ((&actual, &wrong), &bound) in actual.iter().zip(wrong).zip(bound) {
-        let same = actual == wrong || (actual.is_nan() && wrong.is_nan());
+        // Whether 0 / 0 or 1 / 0 is met first depends on the order of operations.
+        let same = actual == wrong || !(actual.is_finite() || wrong.is_finite());
         let over = if same { 0.0 } else { (actual - wrong).abs() / (larger * bound.max(typical)) };
         // An answer that is no number is as far off as can be, and no mistake's.
         let over = if over.is_finite() { over } else { f64::MAX };

@@ -117,11 +117,38 @@ fn is_written(spec: &Spec, dtype: Dtype) -> bool {
 /// # Errors
 ///
 /// A filter that selects nothing.
-pub fn cases(filter: &str, options: Options) -> Result<impl ExactSizeIterator<Item = Result<(Entry, Vec<u8>)>>> {
+pub fn cases(filter: &str, options: Options) -> Result<Cases> {
     let written = specs().filter(|(_, spec)| is_written(spec, options.dtype)).collect();
     let chosen = choose(written, filter, |(_, spec)| spec.name, "a case's name (wora check --list)")?;
-    Ok(chosen.into_iter().map(move |(layer, spec)| one(layer, spec, options)))
+    Ok(Cases { options, left: chosen.into_iter() })
 }
+
+/// The cases that are to be written, each made when it is asked for.
+pub struct Cases {
+    options: Options,
+    left: std::vec::IntoIter<(&'static dyn Subject, &'static Spec)>,
+}
+
+impl Cases {
+    /// The names of those that are left.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> {
+        self.left.as_slice().iter().map(|(_, spec)| spec.name)
+    }
+}
+
+impl Iterator for Cases {
+    type Item = Result<(Entry, Vec<u8>)>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.left.next().map(|(layer, spec)| one(layer, spec, self.options))
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        self.left.size_hint()
+    }
+}
+
+impl ExactSizeIterator for Cases {}
 
 fn one(layer: &'static dyn Subject, spec: &Spec, options: Options) -> Result<(Entry, Vec<u8>)> {
     let Options { dtype, seed, answers } = options;

@@ -3,10 +3,9 @@
 
 pub mod case_file;
 pub mod diagnose;
-mod dtype;
 mod facts;
 pub mod golden;
 pub mod verify;
 
+pub use crate::dtype::Dtype;
 pub use case_file::CaseFile;
-pub use dtype::Dtype;

@@ -141,7 +141,7 @@ pub(super) fn expected(file: &CaseFile, tolerance: Tolerance) -> Result<Expected
         witnesses.push(layer.define(case)?);
     }
     let (mut bounds, mut exact) = (Tensors::new(), Tensors::new());
-    let is_exact = case.settings.get("tier") == Some(&"exact".into());
+    let is_exact = is_exact(case)?;
     for name in answers {
         let Some(expected) = witnesses[0].get(name) else {
             if name.starts_with("grad.") && !case.tensors.contains_key("grad.y") {
@@ -186,6 +186,18 @@ pub(super) fn expected(file: &CaseFile, tolerance: Tolerance) -> Result<Expected
         return Err(Error::Missing { tensor: "y".into(), expected }); // C7
     }
     Ok(Expected { witnesses, bounds, roundings: exact })
+}
+
+/// Whether a case's tier is the one whose answers are compared without a bound. C4
+fn is_exact(case: &Case) -> Result<bool> {
+    match case.settings.get("tier").map(|tier| tier.as_str().ok_or(tier)) {
+        None | Some(Ok("rounded")) => Ok(false),
+        Some(Ok("exact")) => Ok(true),
+        Some(found) => {
+            let found = found.map_or_else(ToString::to_string, |word| format!("{word:?}"));
+            Err(Error::Setting { name: "tier", expected: "\"rounded\" or \"exact\"".into(), found })
+        }
+    }
 }
 
 /// What a file could have answered and does not: y, and where there is a cotangent the gradients of the adapter. A

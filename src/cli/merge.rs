@@ -1,0 +1,89 @@
+//! `wora merge`: a base model with adapters merged into it.
+
+use super::{Outcome, print, printable, progress_in_bytes, table, warn};
+use std::path::PathBuf;
+use woracle::oracle::Dtype;
+use woracle::peft::{Change, Changed, Checkpoint, MergeOptions, Model, merge, merged_bytes};
+use woracle::wora::ZeroNorm;
+use woracle::{Error, Result};
+
+/// Merge adapters in PEFT's files into their base model: in float64, rounded once.
+#[derive(clap::Args)]
+pub struct Args {
+    /// The base model: a safetensors file, or a directory with one or with shards and their index
+    #[arg(long)]
+    base: PathBuf,
+    /// The adapter's directory; several are each merged against the base itself
+    #[arg(long, required = true)]
+    adapter: Vec<PathBuf>,
+    /// The directory to write; it must be empty or not there
+    #[arg(long)]
+    out: PathBuf,
+    /// The type of every floating-point tensor: keep, f64, f32, bf16 or f16
+    #[arg(long, default_value = "keep", value_parser = dtype)]
+    dtype: Stored,
+    /// What becomes of a unit with ||V|| = 0: error, or zero, a row of zeros
+    #[arg(long, default_value = "error", value_parser = zero_norm)]
+    zero_norm: ZeroNorm,
+    /// Keep what is changed beside the merged model, so that unmerge restores it to the bit
+    #[arg(long)]
+    keep_base: bool,
+    /// Print what was done to each changed tensor as a JSON array
+    #[arg(long)]
+    json: bool,
+}
+
+/// A type, or each tensor's own.
+#[derive(Clone, Copy)]
+struct Stored(Option<Dtype>);
+
+fn dtype(text: &str) -> std::result::Result<Stored, String> {
+    let named = Dtype::ALL.into_iter().find(|dtype| dtype.to_string() == text);
+    match (text, named) {
+        ("keep", _) => Ok(Stored(None)),
+        (_, Some(dtype)) => Ok(Stored(Some(dtype))),
+        _ => Err("expected keep, f64, f32, bf16 or f16".into()),
+    }
+}
+
+fn zero_norm(text: &str) -> std::result::Result<ZeroNorm, String> {
+    match text {
+        "error" => Ok(ZeroNorm::Error),
+        "zero" => Ok(ZeroNorm::Zero),
+        _ => Err("expected error or zero".into()),
+    }
+}
+
+pub fn run(args: Args) -> Result<Outcome> {
+    let adapters = args.adapter.iter().map(|path| Checkpoint::open(path)).collect::<Result<Vec<_>>>()?;
+    let base = Model::open(&args.base)?;
+    warn(&adapters);
+    let options = MergeOptions { dtype: args.dtype.0, zero_norm: args.zero_norm, keep_base: args.keep_base };
+    let bar = progress_in_bytes(merged_bytes(&base, options));
+    let done = merge(&base, &adapters, options, &args.out, &|bytes| bar.inc(bytes));
+    bar.finish_and_clear();
+    let changed = done.map_err(|error| match error {
+        file @ Error::File { .. } => file,
+        other => other.in_file(&args.base),
+    })?;
+    print(&if args.json {
+        serde_json::to_string(&changed).expect("plain data")
+    } else {
+        format!("{}\n{} tensors changed, in {}", as_table(&changed), changed.len(), args.out.display())
+    })?;
+    Ok(Outcome::Good)
+}
+
+pub(super) fn as_table(changed: &[Changed]) -> String {
+    let mut table = table(&["tensor", "change", "layer", "from"]);
+    table.add_rows(changed.iter().map(|changed| {
+        let change = match changed.change {
+            Change::Merged => "merged",
+            Change::Bias => "bias added",
+            Change::Replaced => "replaced",
+        };
+        let [kind, base] = [&changed.kind, &changed.base].map(|text| text.clone().unwrap_or_default());
+        [printable(&changed.tensor), change.into(), kind, printable(&base)]
+    }));
+    table.to_string()
+}

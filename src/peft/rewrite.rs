@@ -1,0 +1,230 @@
+//! A changed copy of a model, written to the side a tensor at a time and put in its place when it is whole.
+
+use super::model::{INDEX_FILE, MODEL_FILE, Model};
+use crate::dtype::Dtype;
+use crate::simd::{all_finite, magnitudes};
+use crate::tensor_file::floating_point;
+use crate::tensor_writer::{Planned, TensorWriter};
+use crate::{Error, Result};
+use ndarray::ArrayView2;
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+/// So many bytes are copied in one piece.
+const PIECE: usize = 1 << 22;
+
+/// What takes bytes on their way to a file.
+pub(super) type Sink<'s> = dyn FnMut(&[u8]) -> Result<()> + 's;
+
+/// What hands the bytes of a tensor on, piece by piece.
+pub(super) type Writes<'a> = dyn Fn(&mut Sink<'_>) -> Result<()> + 'a;
+
+/// A tensor of the copy.
+pub(super) struct Output<'a> {
+    pub planned: Planned,
+    pub make: Make<'a>,
+}
+
+/// What its bytes are made of.
+pub(super) enum Make<'a> {
+    /// Those of the base's tensor of the same name, in the same type or rounded to another.
+    Base,
+    /// Whatever this writes.
+    New(Box<Writes<'a>>),
+}
+
+/// The outputs of every shard of a model.
+pub(super) type Outputs<'a> = Vec<Vec<Output<'a>>>;
+
+/// A directory that takes its name when everything is in it.
+pub(super) struct Staged {
+    aside: TempDir,
+    out: PathBuf,
+}
+
+impl Staged {
+    /// # Errors
+    ///
+    /// A directory that has something in it already, or that cannot be made.
+    pub fn new(out: &Path) -> Result<Self> {
+        let failed = |error: std::io::Error| Error::io(out, &error);
+        if let Ok(mut entries) = std::fs::read_dir(out) {
+            if let Some(entry) = entries.next() {
+                let found = entry.map_err(failed)?.file_name();
+                let message = format!("expected a directory that is empty or not there, found {}", found.display());
+                return Err(Error::File { path: out.into(), message });
+            }
+        } else if out.symlink_metadata().is_ok() {
+            let message = "expected a directory that is empty or not there, found a file".into();
+            return Err(Error::File { path: out.into(), message });
+        }
+        let parent = match out.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        std::fs::create_dir_all(parent).map_err(failed)?;
+        let mut builder = tempfile::Builder::new();
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+        let aside = builder.prefix(".wora-").tempdir_in(parent).map_err(failed)?;
+        Ok(Self { aside, out: out.into() })
+    }
+
+    /// Writes a file.
+    ///
+    /// # Errors
+    ///
+    /// What cannot be written.
+    pub fn write(&self, name: &str, write: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
+        let path = self.out.join(name);
+        let failed = |error: std::io::Error| Error::io(&path, &error);
+        let mut file = BufWriter::new(File::create(self.aside.path().join(name)).map_err(failed)?);
+        write(&mut file)?;
+        file.into_inner().map_err(|error| failed(error.into_error()))?.sync_all().map_err(failed)
+    }
+
+    /// Copies what a model's directory has beside its weights: configurations and tokenizers.
+    ///
+    /// # Errors
+    ///
+    /// What cannot be read or written.
+    pub fn copy_companions(&self, model: &Model) -> Result<()> {
+        let Some(directory) = model.directory() else { return Ok(()) };
+        let failed = |error: std::io::Error| Error::io(directory, &error);
+        for entry in std::fs::read_dir(directory).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let kind = path.extension().map(|extension| extension.to_string_lossy().into_owned());
+            let companion = matches!(kind.as_deref(), Some("json" | "txt" | "model" | "jinja" | "md"));
+            if companion && path.is_file() && name != INDEX_FILE {
+                std::fs::copy(&path, self.aside.path().join(&name)).map_err(failed)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the directory in its place.
+    ///
+    /// # Errors
+    ///
+    /// A name that has been taken meanwhile.
+    pub fn finish(self) -> Result<()> {
+        let failed = |error: std::io::Error| Error::io(&self.out, &error);
+        // An empty directory of this name makes room.
+        if self.out.is_dir() {
+            std::fs::remove_dir(&self.out).map_err(failed)?;
+        }
+        std::fs::rename(self.aside.path(), &self.out).map_err(failed)?;
+        // What was aside is there no more.
+        let _ = self.aside.keep();
+        Ok(())
+    }
+}
+
+/// Writes the weights of a model: as many files as it has, of the same names, and their index.
+pub(super) fn write_model(model: &Model, outputs: &Outputs<'_>, staged: &Staged, progress: &dyn Fn(u64)) -> Result<()> {
+    let mut map = BTreeMap::new();
+    let mut total = 0;
+    for (shard, outputs) in model.shards().iter().zip(outputs) {
+        let name = match model.index() {
+            None => MODEL_FILE.into(),
+            Some(_) => shard.path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        };
+        let metadata = shard.file.metadata().into_iter().flatten();
+        let metadata = metadata.map(|(key, value)| (key.clone(), value.clone())).collect();
+        total += outputs.iter().map(|output| output.planned.bytes()).sum::<usize>();
+        map.extend(outputs.iter().map(|output| (output.planned.name.clone(), name.clone())));
+        staged.write(&name, |file| {
+            let path = staged.out.join(&name);
+            write_tensors(file, &path, model, outputs, &metadata, progress)
+        })?;
+    }
+    if let Some(index) = model.index() {
+        let mut index = index.clone();
+        let metadata = index.entry("metadata").or_insert_with(|| json!({}));
+        if let Some(metadata) = metadata.as_object_mut() {
+            metadata.insert("total_size".into(), total.into());
+        }
+        index.insert("weight_map".into(), json!(map));
+        let text = serde_json::to_string_pretty(&index).expect("plain data") + "\n";
+        staged.write(INDEX_FILE, |file| {
+            file.write_all(text.as_bytes()).map_err(|error| Error::io(&staged.out.join(INDEX_FILE), &error))
+        })?;
+    }
+    Ok(())
+}
+
+/// Writes one file; `path` is for what goes wrong.
+pub(super) fn write_tensors(
+    out: &mut impl Write,
+    path: &Path,
+    model: &Model,
+    outputs: &[Output<'_>],
+    metadata: &BTreeMap<String, String>,
+    progress: &dyn Fn(u64),
+) -> Result<()> {
+    let failed = |error: std::io::Error| Error::io(path, &error);
+    let planned: Vec<Planned> = outputs.iter().map(|output| output.planned.clone()).collect();
+    let mut writer = TensorWriter::new(out, &planned, metadata).map_err(failed)?;
+    for Output { planned, make } in outputs {
+        let mut sink = |bytes: &[u8]| {
+            progress(bytes.len() as u64);
+            writer.write(bytes).map_err(failed)
+        };
+        match make {
+            Make::New(write) => write(&mut sink)?,
+            Make::Base => {
+                let (file, info) = model.tensor(&planned.name)?;
+                let length = info.data_offsets.1 - info.data_offsets.0;
+                for start in (0..length).step_by(PIECE) {
+                    let bytes = file.bytes(&planned.name, info, start..length.min(start + PIECE))?;
+                    if info.dtype == planned.dtype {
+                        sink(&bytes)?;
+                        continue;
+                    }
+                    let values = floating_point(&planned.name, info)?.decode(&bytes);
+                    let first = start * 8 / info.dtype.bitsize();
+                    sink(&round(
+                        &planned.name,
+                        Dtype::of(planned.dtype).expect("a type to round to"),
+                        &values,
+                        first,
+                    )?)?;
+                }
+            }
+        }
+    }
+    writer.finish().map_err(failed)?;
+    Ok(())
+}
+
+/// The bytes of numbers rounded to a type, `first` being the place of the first among the tensor's elements.
+///
+/// # Errors
+///
+/// A number that the type does not hold, or that is none (C2).
+pub(super) fn round(name: &str, dtype: Dtype, values: &[f64], first: usize) -> Result<Vec<u8>> {
+    let [_, most] = magnitudes(values);
+    if !(all_finite(values) && dtype.round(most).is_finite()) {
+        let at = values.iter().position(|&value| !dtype.round(value).is_finite()).expect("one that is not finite");
+        let found = values[at];
+        return Err(match found.is_finite() {
+            false => Error::NotFinite { tensor: name.into(), index: vec![first + at], found },
+            true => Error::Unexpected {
+                tensor: name.into(),
+                reason: format!("expected numbers that {dtype} holds, found {found:e} at element {}", first + at),
+            },
+        }); // C2
+    }
+    Ok(dtype.encode(values))
+}
+
+/// The same of a matrix in whatever order.
+pub(super) fn round_rows(name: &str, dtype: Dtype, values: ArrayView2<'_, f64>, first: usize) -> Result<Vec<u8>> {
+    let values = values.as_standard_layout();
+    round(name, dtype, values.as_slice().expect("standard layout"), first)
+}
