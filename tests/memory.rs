@@ -11,7 +11,7 @@ static HEAP: PeakAlloc = PeakAlloc;
 
 const MIB: usize = 1 << 20;
 /// For each thread.
-const FEW: usize = 4 * MIB;
+const FEW: usize = 6 * MIB;
 
 /// Bytes beyond those given and those kept, in two steps.
 fn beyond(case: &Spec, precision: Precision) -> usize {

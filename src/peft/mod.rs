@@ -20,15 +20,19 @@ mod inspect;
 mod merge;
 mod model;
 mod module;
+mod record;
 mod rewrite;
 mod save;
 #[cfg(test)]
 mod tests;
+mod unmerge;
 
 pub use checkpoint::{ADAPTER_FILE, Checkpoint};
 pub use config::{AdapterConfig, CONFIG_FILE};
 pub use inspect::{ModuleReport, inspect};
-pub use merge::{Change, Changed, MergeOptions, RECORD_FILE, merge, merged_bytes, unmerge};
+pub use merge::{MergeOptions, merge, merged_bytes};
 pub use model::{Found, INDEX_FILE, MODEL_FILE, Model, Shard};
 pub use module::{Kind, Module};
+pub use record::{Change, Changed, RECORD_FILE};
 pub use save::{load, save};
+pub use unmerge::unmerge;

@@ -8,12 +8,15 @@ use crate::tensor_file::{TensorFile, floating_point};
 use crate::wora::{Adapter, Base, Config, Layer, Merged, Method, SCALE_NAMES, ZeroNorm};
 use crate::{Error, Result};
 use ndarray::{ArcArray, Array1, Array2, ArrayD, Axis, Ix2, IxDyn, Slice};
+use rayon::prelude::*;
 use safetensors::tensor::TensorInfo;
 use serde::Serialize;
 use std::ops::Range;
 
-/// So many elements of a weight are worked on at a time, where its rows are units.
-const BLOCK: usize = 1 << 21;
+/// So many elements of a weight are worked on at a time, where its rows are units: few enough to stay in the cache.
+const BLOCK: usize = 1 << 17;
+/// So many blocks a thread are worked on between two writes.
+const AT_A_TIME: usize = 4;
 
 /// Which layer a weight is of. Decided by how its tensors are named and shaped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -288,6 +291,18 @@ fn kind(checkpoint: &Checkpoint, name: &str, weight: &[usize], a: &ArrayD<f64>, 
         return refuse("lora_B", format!("{of_b:?}"), b.shape());
     }
     Ok(kind)
+}
+
+/// Something for every block, some of them at a time, handed on in order.
+pub(super) fn in_parallel<R: Send>(
+    blocks: &[Range<usize>],
+    one: impl Fn(&Range<usize>) -> Result<R> + Sync,
+    mut then: impl FnMut(Vec<R>) -> Result<()>,
+) -> Result<()> {
+    for some in blocks.chunks(AT_A_TIME * rayon::current_num_threads()) {
+        then(some.par_iter().map(&one).collect::<Result<_>>()?)?;
+    }
+    Ok(())
 }
 
 /// LoRA needs no norms.

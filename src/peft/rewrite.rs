@@ -12,13 +12,15 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::thread::JoinHandle;
 use tempfile::TempDir;
 
 /// So many bytes are copied in one piece.
 const PIECE: usize = 1 << 22;
 
 /// What takes bytes on their way to a file.
-pub(super) type Sink<'s> = dyn FnMut(&[u8]) -> Result<()> + 's;
+pub(super) type Sink<'s> = dyn FnMut(&[u8]) -> Result<()> + Send + 's;
 
 /// What hands the bytes of a tensor on, piece by piece.
 pub(super) type Writes<'a> = dyn Fn(&mut Sink<'_>) -> Result<()> + 'a;
@@ -44,6 +46,8 @@ pub(super) type Outputs<'a> = Vec<Vec<Output<'a>>>;
 pub(super) struct Staged {
     aside: TempDir,
     out: PathBuf,
+    /// Files that are on their way to the disk while others are written.
+    syncing: Mutex<Vec<JoinHandle<Result<()>>>>,
 }
 
 impl Staged {
@@ -71,7 +75,7 @@ impl Staged {
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
         let aside = builder.prefix(".wora-").tempdir_in(parent).map_err(failed)?;
-        Ok(Self { aside, out: out.into() })
+        Ok(Self { aside, out: out.into(), syncing: Mutex::default() })
     }
 
     /// Writes a file.
@@ -84,7 +88,10 @@ impl Staged {
         let failed = |error: std::io::Error| Error::io(&path, &error);
         let mut file = BufWriter::new(File::create(self.aside.path().join(name)).map_err(failed)?);
         write(&mut file)?;
-        file.into_inner().map_err(|error| failed(error.into_error()))?.sync_all().map_err(failed)
+        let file = file.into_inner().map_err(|error| failed(error.into_error()))?;
+        let sync = std::thread::spawn(move || file.sync_all().map_err(|error| Error::io(&path, &error)));
+        self.syncing.lock().unwrap_or_else(PoisonError::into_inner).push(sync);
+        Ok(())
     }
 
     /// Copies what a model's directory has beside its weights: configurations and tokenizers.
@@ -114,6 +121,9 @@ impl Staged {
     /// A name that has been taken meanwhile.
     pub fn finish(self) -> Result<()> {
         let failed = |error: std::io::Error| Error::io(&self.out, &error);
+        for sync in self.syncing.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            sync.join().unwrap_or_else(|_| Err(failed(std::io::Error::other("a thread has failed"))))?;
+        }
         // An empty directory of this name makes room.
         if self.out.is_dir() {
             std::fs::remove_dir(&self.out).map_err(failed)?;
@@ -126,7 +136,12 @@ impl Staged {
 }
 
 /// Writes the weights of a model: as many files as it has, of the same names, and their index.
-pub(super) fn write_model(model: &Model, outputs: &Outputs<'_>, staged: &Staged, progress: &dyn Fn(u64)) -> Result<()> {
+pub(super) fn write_model(
+    model: &Model,
+    outputs: &Outputs<'_>,
+    staged: &Staged,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<()> {
     let mut map = BTreeMap::new();
     let mut total = 0;
     for (shard, outputs) in model.shards().iter().zip(outputs) {
@@ -160,12 +175,12 @@ pub(super) fn write_model(model: &Model, outputs: &Outputs<'_>, staged: &Staged,
 
 /// Writes one file; `path` is for what goes wrong.
 pub(super) fn write_tensors(
-    out: &mut impl Write,
+    out: &mut (impl Write + Send),
     path: &Path,
     model: &Model,
     outputs: &[Output<'_>],
     metadata: &BTreeMap<String, String>,
-    progress: &dyn Fn(u64),
+    progress: &(dyn Fn(u64) + Sync),
 ) -> Result<()> {
     let failed = |error: std::io::Error| Error::io(path, &error);
     let planned: Vec<Planned> = outputs.iter().map(|output| output.planned.clone()).collect();
