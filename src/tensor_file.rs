@@ -31,6 +31,8 @@ const LENGTH: usize = 8;
 const LONGEST_HEADER: usize = 100_000_000;
 /// So many elements are read in one piece.
 const PIECE: usize = 1 << 16;
+/// So many bytes, a whole number of elements.
+const BYTES: usize = 1 << 22;
 
 /// A safetensors file whose header has been read and fits its length.
 pub struct TensorFile<'a> {
@@ -165,6 +167,35 @@ impl<'a> TensorFile<'a> {
         Ok(bytes)
     }
 
+    /// All the bytes of a tensor; the name is for what goes wrong.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be read to the tensor's end.
+    pub fn all_bytes(&self, name: &str, tensor: &TensorInfo) -> Result<Vec<u8>> {
+        self.bytes(name, tensor, 0..tensor.data_offsets.1 - tensor.data_offsets.0)
+    }
+
+    /// All the bytes of a tensor from the first to the last, piece by piece, each with the place of its first element; the
+    /// name is for what goes wrong.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be read to the tensor's end; whatever `each` says.
+    pub fn in_pieces(
+        &self,
+        name: &str,
+        tensor: &TensorInfo,
+        mut each: impl FnMut(&[u8], usize) -> Result<()>,
+    ) -> Result<()> {
+        let length = tensor.data_offsets.1 - tensor.data_offsets.0;
+        for start in (0..length).step_by(BYTES) {
+            let bytes = self.bytes(name, tensor, start..length.min(start + BYTES))?;
+            each(&bytes, start * 8 / tensor.dtype.bitsize())?;
+        }
+        Ok(())
+    }
+
     /// All of a tensor's floating-point numbers, and the type that they are stored in.
     ///
     /// # Errors
@@ -174,7 +205,7 @@ impl<'a> TensorFile<'a> {
         let missing = || Error::Missing { tensor: name.into(), expected: "a tensor".into() };
         let info = self.header.info(name).ok_or_else(missing)?; // C7
         let dtype = floating_point(name, info)?;
-        let values = dtype.decode(&self.bytes(name, info, 0..info.data_offsets.1 - info.data_offsets.0)?);
+        let values = dtype.decode(&self.all_bytes(name, info)?);
         Ok((ArrayD::from_shape_vec(info.shape.clone(), values).map_err(|_| too_large(name, info))?, dtype))
     }
 

@@ -50,7 +50,7 @@ impl<W: Write> TensorWriter<W> {
     ///
     /// # Errors
     ///
-    /// What cannot be written.
+    /// What cannot be written; a name that is there twice.
     pub fn new(mut out: W, tensors: &[Planned], metadata: &BTreeMap<String, String>) -> Result<Self> {
         let mut header = Map::new();
         if !metadata.is_empty() {
@@ -60,7 +60,9 @@ impl<W: Write> TensorWriter<W> {
         for tensor in tensors {
             let end = start + tensor.bytes();
             let info = json!({ "dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end] });
-            header.insert(tensor.name.clone(), info);
+            if header.insert(tensor.name.clone(), info).is_some() {
+                return Err(Error::other(format!("{}: expected once, found twice", tensor.name)));
+            }
             start = end;
         }
         let mut header = Value::from(header).to_string().into_bytes();

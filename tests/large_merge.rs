@@ -73,16 +73,26 @@ fn a_base_of_1_gb_in_shards_is_merged_in_less_than_400_mb() {
     let config = json!({ "peft_type": "LORA", "r": RANK, "lora_alpha": 32, "use_dora": true });
     std::fs::write(adapter.join(CONFIG_FILE), config.to_string()).unwrap();
 
-    let mut wora = Command::new(env!("CARGO_BIN_EXE_wora"))
-        .args(["merge", "--json", "--base"])
-        .arg(&base)
-        .arg("--adapter")
-        .arg(&adapter)
-        .arg("--out")
-        .arg(&out)
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
+    let merge = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_wora"));
+        command.args(["merge", "--json", "--base"]).arg(&base).arg("--adapter").arg(&adapter).arg("--out").arg(&out);
+        command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let entries = || std::fs::read_dir(directory.path()).unwrap().count();
+
+    // Interrupted when something has been written aside.
+    let mut wora = merge();
+    while entries() == 2 {
+        assert!(wora.try_wait().unwrap().is_none(), "it has ended before it was interrupted");
+    }
+    Command::new("kill").args(["-INT", &wora.id().to_string()]).status().unwrap();
+    let ended = wora.wait_with_output().unwrap();
+    let stderr = String::from_utf8(ended.stderr).unwrap();
+    assert_eq!((ended.status.code(), stderr.lines().count()), (Some(2), 1), "{stderr}");
+    assert!(stderr.contains("interrupted"), "{stderr}");
+    assert_eq!(entries(), 2, "nothing is left");
+
+    let mut wora = merge();
     let mut most = 0.0_f64;
     let status = loop {
         most = most.max(peak(wora.id()).unwrap_or(0.0));

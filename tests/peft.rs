@@ -64,7 +64,7 @@ fn merged(name: &str, options: MergeOptions) -> (TempDir, Tensors) {
     let out = directory.path().join("out");
     let (base, adapter) =
         (Model::open(&fixture(name).join("model.safetensors")), Checkpoint::open(&fixture(name).join("adapter")));
-    peft::merge(&base.unwrap(), &[adapter.unwrap()], options, &out, &|_| {}).unwrap();
+    peft::merge(&base.unwrap(), &[adapter.unwrap()], options, &out, &|_| Ok(())).unwrap();
     let merged = tensors(&out.join("model.safetensors"));
     (directory, merged)
 }
@@ -240,7 +240,9 @@ fn what_is_read_and_written_is_the_same_byte_for_byte() {
             serde_json::from_str(&std::fs::read_to_string(path.join(peft::CONFIG_FILE)).unwrap()).unwrap()
         };
         assert_eq!(json(&out), json(&fixture(name).join("adapter")), "{name}");
-        Checkpoint::open(&out).unwrap();
+        let copy = directory.path().join("copy");
+        Checkpoint::open(&out).unwrap().write(&copy).unwrap();
+        assert!(tensors(&copy.join(peft::ADAPTER_FILE)) == theirs, "{name}");
     }
 }
 
@@ -251,7 +253,7 @@ fn unmerging_restores_the_base_within_its_rounding_or_to_the_bit() {
             let (directory, merged) = merged(name, MergeOptions { keep_base, ..Default::default() });
             let (from, out) = (directory.path().join("out"), directory.path().join("base"));
             let adapter = Checkpoint::open(&fixture(name).join("adapter")).unwrap();
-            peft::unmerge(&from, &adapter, &out, &|_| {}).unwrap();
+            peft::unmerge(&from, &adapter, &out, &|_| Ok(())).unwrap();
             let [restored, base] = [&out, &fixture(name)].map(|path| tensors(&path.join("model.safetensors")));
             assert!(restored != merged, "{name}");
             assert!(!keep_base || restored == base, "{name}");
@@ -271,10 +273,10 @@ fn a_merged_model_that_has_been_changed_is_not_unmerged() {
     let out = directory.path().join("out");
     let adapter = |name: &str| Checkpoint::open(&fixture(name).join("adapter")).unwrap();
     let base = directory.path().join("base");
-    let error = peft::unmerge(&out, &adapter("text-dora-rank-pattern"), &base, &|_| {}).unwrap_err().to_string();
+    let error = peft::unmerge(&out, &adapter("text-dora-rank-pattern"), &base, &|_| Ok(())).unwrap_err().to_string();
     assert!(error.contains(peft::RECORD_FILE) && error.contains("another"), "{error}");
     edit(out.join("model.safetensors"), |all| all.get_mut("fc1.weight").unwrap().2[0] ^= 1);
-    let error = peft::unmerge(&out, &adapter("text-dora"), &base, &|_| {}).unwrap_err().to_string();
+    let error = peft::unmerge(&out, &adapter("text-dora"), &base, &|_| Ok(())).unwrap_err().to_string();
     assert!(error.contains("fc1.weight") && error.contains("changed since"), "{error}");
     assert_eq!(entries(directory.path()), std::slice::from_ref(&out));
 }
@@ -288,7 +290,7 @@ fn several_adapters_are_each_merged_against_the_base() {
     let base = Model::open(&file).unwrap();
     let out = directory.path().join("both");
     let options = MergeOptions { dtype: Some(Dtype::F64), keep_base: true, ..Default::default() };
-    peft::merge(&base, &adapters, options, &out, &|_| {}).unwrap();
+    peft::merge(&base, &adapters, options, &out, &|_| Ok(())).unwrap();
     let merged = Model::open(&out).unwrap();
     let (both, _) = merged.tensor("fc1.weight").unwrap().0.values("fc1.weight").unwrap();
     let weight = array(&tensors(&file), "fc1.weight");
@@ -299,7 +301,7 @@ fn several_adapters_are_each_merged_against_the_base() {
     for (((found, one), other), w) in both.iter().zip(&alone[0]).zip(&alone[1]).zip(&weight) {
         assert!((found - (one + other - w)).abs() <= 1e-14, "{found} {one} {other} {w}");
     }
-    peft::unmerge(&out, &adapters[0], &directory.path().join("base"), &|_| {}).unwrap();
+    peft::unmerge(&out, &adapters[0], &directory.path().join("base"), &|_| Ok(())).unwrap();
     assert!(tensors(&directory.path().join("base/model.safetensors"))["fc1.weight"] == tensors(&file)["fc1.weight"]);
 }
 
@@ -348,7 +350,7 @@ fn prefixed_and_tied_weights_are_found() {
     write(&path, &all.iter().map(|(name, tensor)| (format!("transformer.{name}"), tensor.clone())).collect());
     let adapter = Checkpoint::open(&fixture("text-dora").join("adapter")).unwrap();
     let out = directory.path().join("out");
-    peft::merge(&Model::open(&path).unwrap(), &[adapter], MergeOptions::default(), &out, &|_| {}).unwrap();
+    peft::merge(&Model::open(&path).unwrap(), &[adapter], MergeOptions::default(), &out, &|_| Ok(())).unwrap();
     let (_directory, plain) = merged("text-dora", MergeOptions::default());
     let found = tensors(&out.join("model.safetensors"));
     assert!(plain.iter().all(|(name, tensor)| found[&format!("transformer.{name}")] == *tensor));
@@ -365,12 +367,12 @@ fn prefixed_and_tied_weights_are_found() {
     let config = fixture("text-dora").join("adapter").join(peft::CONFIG_FILE);
     std::fs::copy(config, adapter_directory.join(peft::CONFIG_FILE)).unwrap();
     let (adapter, out) = (Checkpoint::open(&adapter_directory).unwrap(), directory.path().join("tied"));
-    peft::merge(&Model::open(&path).unwrap(), &[adapter], MergeOptions::default(), &out, &|_| {}).unwrap();
+    peft::merge(&Model::open(&path).unwrap(), &[adapter], MergeOptions::default(), &out, &|_| Ok(())).unwrap();
     let found = tensors(&out.join("model.safetensors"));
     assert!(found["model.embed_tokens.weight"] == tied["model.embed_tokens.weight"]);
     assert!(found["lm_head.weight"] == plain["fc1.weight"]);
     let adapter = Checkpoint::open(&adapter_directory).unwrap();
-    peft::unmerge(&out, &adapter, &directory.path().join("untied"), &|_| {}).unwrap();
+    peft::unmerge(&out, &adapter, &directory.path().join("untied"), &|_| Ok(())).unwrap();
     assert!(tensors(&directory.path().join("untied/model.safetensors")) == tied);
 }
 
@@ -404,17 +406,17 @@ fn a_bias_of_b_a_replaced_module_and_stored_transposes_are_merged() {
     std::fs::write(adapter_directory.join(peft::CONFIG_FILE), config).unwrap();
     let (base, out) = (Model::open(&directory.path().join("model.safetensors")).unwrap(), directory.path().join("out"));
     let open = || Checkpoint::open(&adapter_directory).unwrap();
-    peft::merge(&base, &[open()], MergeOptions::default(), &out, &|_| {}).unwrap();
+    peft::merge(&base, &[open()], MergeOptions::default(), &out, &|_| Ok(())).unwrap();
     let found = tensors(&out.join("model.safetensors"));
     // W0 [in, out] + s (B A)^T, s = 2.
     assert_eq!(f32s(&found["h.c_attn.weight"].2), [3.0, 6.0, 4.0, 2.0, 1.0, 5.0]);
     assert_eq!(f32s(&found["h.c_attn.bias"].2), [2.0, 1.0, -1.0]);
     assert_eq!(f32s(&found["score.weight"].2), [-1.0, -2.0]);
-    let error = peft::unmerge(&out, &open(), &directory.path().join("base"), &|_| {}).unwrap_err().to_string();
+    let error = peft::unmerge(&out, &open(), &directory.path().join("base"), &|_| Ok(())).unwrap_err().to_string();
     assert!(error.contains("score.weight") && error.contains("--keep-base"), "{error}");
     let kept = directory.path().join("kept");
-    peft::merge(&base, &[open()], MergeOptions { keep_base: true, ..Default::default() }, &kept, &|_| {}).unwrap();
-    peft::unmerge(&kept, &open(), &directory.path().join("base"), &|_| {}).unwrap();
+    peft::merge(&base, &[open()], MergeOptions { keep_base: true, ..Default::default() }, &kept, &|_| Ok(())).unwrap();
+    peft::unmerge(&kept, &open(), &directory.path().join("base"), &|_| Ok(())).unwrap();
     assert!(tensors(&directory.path().join("base/model.safetensors")) == model);
 }
 
@@ -519,11 +521,11 @@ fn combinations_that_peft_refuses_are_refused() {
         json!({ "use_rslora": true, "rank_pattern": patterns, "target_modules": "all-linear", "lora_alpha": 4.5 }),
     );
     let config = config.unwrap();
-    assert_eq!((config.rank("x.b").unwrap(), config.rank("ab").unwrap(), config.rank("c").unwrap()), (8, 16, 2));
+    assert_eq!((config.rank("x.b"), config.rank("ab"), config.rank("c")), (8, 16, 2));
     assert_eq!(config.scaling("x.a1").unwrap(), 4.5 / 4.0);
     // The first that fits, in the order of the file and not of the alphabet.
     let text = r#"{"peft_type":"LORA","r":2,"lora_alpha":4,"rank_pattern":{"z|fc":3,"fc":5}}"#;
-    assert_eq!(AdapterConfig::parse(text).unwrap().rank("fc").unwrap(), 3);
+    assert_eq!(AdapterConfig::parse(text).unwrap().rank("fc"), 3);
     assert!(with(json!({ "use_bdlora": { "a": 1 }, "unknown": false })).unwrap().warnings()[0].contains("use_bdlora"));
     assert_eq!(with(json!({ "unknown": false, "loftq_config": {} })).unwrap().warnings(), [""; 0]);
 }
@@ -721,4 +723,250 @@ fn a_limit_on_file_sizes_leaves_nothing() {
     assert_eq!((run.status.code(), stderr.lines().count()), (Some(2), 1), "{:?} {stderr}", run.status);
     assert!(stderr.contains("model.safetensors"), "{stderr}");
     assert!(entries(directory.path()).is_empty());
+}
+
+/// A base and an adapter, written by hand: LoRA of rank 1 with lora_alpha 1, and these fields beside.
+fn by_hand_in(
+    directory: &Path,
+    base: &[(&str, &[usize], &[f32])],
+    adapter: &[(&str, &[usize], &[f32])],
+    fields: Value,
+) {
+    let all = |list: &[(&str, &[usize], &[f32])]| {
+        list.iter().map(|(name, shape, values)| (name.to_string(), tensor(shape, values))).collect::<Tensors>()
+    };
+    write(&directory.join("model.safetensors"), &all(base));
+    std::fs::create_dir_all(directory.join("adapter")).unwrap();
+    write(&directory.join("adapter").join(peft::ADAPTER_FILE), &all(adapter));
+    let mut config = json!({ "peft_type": "LORA", "r": 1, "lora_alpha": 1 });
+    config.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    std::fs::write(directory.join("adapter").join(peft::CONFIG_FILE), config.to_string()).unwrap();
+}
+
+/// What merging into `out` says, and what is there then.
+fn merge_in(directory: &Path, out: &str, options: MergeOptions) -> Result<Tensors, String> {
+    let base = Model::open(&directory.join("model.safetensors")).map_err(|error| error.to_string())?;
+    let adapter = Checkpoint::open(&directory.join("adapter")).map_err(|error| error.to_string())?;
+    let merged = peft::merge(&base, &[adapter], options, &directory.join(out), &|_| Ok(()));
+    merged.map_err(|error| error.to_string())?;
+    Ok(tensors(&directory.join(out).join("model.safetensors")))
+}
+
+#[test]
+fn a_shared_tensor_that_is_replaced_or_saved_beside_its_adapter_is_written_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let embed: &[f32] = &[1.0, 2.0, 3.0, 4.0];
+    let base: [(&str, &[usize], &[f32]); 2] =
+        [("model.embed_tokens.weight", &[2, 2], embed), ("model.q.weight", &[2, 2], &[0.0; 4])];
+    let head: (&str, &[usize], &[f32]) = ("base_model.model.lm_head.weight", &[2, 2], &[5.0, 6.0, 7.0, 8.0]);
+    by_hand_in(directory.path(), &base, &[head], json!({ "modules_to_save": ["lm_head"] }));
+    let merged = merge_in(directory.path(), "replaced", MergeOptions::default()).unwrap();
+    assert_eq!(f32s(&merged["lm_head.weight"].2), [5.0, 6.0, 7.0, 8.0]);
+    assert_eq!(f32s(&merged["model.embed_tokens.weight"].2), embed);
+    // PEFT saves the base's own weight of an adapted embedding or head beside the adapter.
+    let of_head = |end: &str| format!("base_model.model.lm_head.{end}");
+    let [a, b, w] = [of_head("lora_A.weight"), of_head("lora_B.weight"), of_head("base_layer.weight")];
+    let adapter: [(&str, &[usize], &[f32]); 3] =
+        [(&a, &[1, 2], &[1.0, 1.0]), (&b, &[2, 1], &[1.0, 2.0]), (&w, &[2, 2], embed)];
+    by_hand_in(directory.path(), &base, &adapter, json!({}));
+    let merged = merge_in(directory.path(), "adapted", MergeOptions::default()).unwrap();
+    assert_eq!(f32s(&merged["lm_head.weight"].2), [2.0, 3.0, 5.0, 6.0]);
+    assert_eq!(f32s(&merged["model.embed_tokens.weight"].2), embed);
+}
+
+#[test]
+fn a_module_is_not_taken_for_another_that_ends_alike() {
+    let directory = tempfile::tempdir().unwrap();
+    let base: [(&str, &[usize], &[f32]); 1] = [("head.weight", &[2, 2], &[0.0; 4])];
+    let (row, column): (&[f32], &[f32]) = (&[1.0, 1.0], &[1.0, 2.0]);
+    let aux: [(&str, &[usize], &[f32]); 2] =
+        [("aux.head.lora_A.weight", &[1, 2], row), ("aux.head.lora_B.weight", &[2, 1], column)];
+    by_hand_in(directory.path(), &base, &aux, json!({}));
+    let error = merge_in(directory.path(), "out", MergeOptions::default()).unwrap_err();
+    assert!(error.contains("aux.head.weight") && error.contains("found none"), "{error}");
+    let head: [(&str, &[usize], &[f32]); 2] =
+        [("head.lora_A.weight", &[1, 2], row), ("head.lora_B.weight", &[2, 1], column)];
+    by_hand_in(directory.path(), &base, &[aux, head].concat(), json!({}));
+    let error = merge_in(directory.path(), "out", MergeOptions::default()).unwrap_err();
+    assert!(error.contains("aux.head.weight"), "{error}");
+}
+
+#[test]
+fn biases_go_back_to_their_own_modules_and_are_judged() {
+    let directory = tempfile::tempdir().unwrap();
+    let weight: (&[usize], &[f32]) = (&[2, 2], &[1.0, 2.0, 3.0, 4.0]);
+    let base: [(&str, &[usize], &[f32]); 5] = [
+        ("c1.weight", weight.0, weight.1),
+        ("c1.bias", &[2], &[1.0, 2.0]),
+        ("fc1.weight", weight.0, weight.1),
+        ("fc1.bias", &[2], &[3.0, 4.0]),
+        ("score.weight", weight.0, weight.1),
+    ];
+    let adapter: [(&str, &[usize], &[f32]); 7] = [
+        ("c1.lora_A.weight", &[1, 2], &[1.0, 0.5]),
+        ("c1.lora_B.weight", &[2, 1], &[1.0, 2.0]),
+        ("c1.lora_B.bias", &[2], &[10.0, 20.0]),
+        ("fc1.lora_A.weight", &[1, 2], &[1.0, 0.5]),
+        ("fc1.lora_B.weight", &[2, 1], &[1.0, 2.0]),
+        ("fc1.lora_B.bias", &[2], &[30.0, 40.0]),
+        ("score.weight", &[2, 2], &[0.5; 4]),
+    ];
+    by_hand_in(directory.path(), &base, &adapter[..6], json!({ "lora_bias": true }));
+    let merged = merge_in(directory.path(), "out", MergeOptions::default()).unwrap();
+    assert_eq!([f32s(&merged["c1.bias"].2), f32s(&merged["fc1.bias"].2)], [[11.0, 22.0], [33.0, 44.0]]);
+    let checkpoint = Checkpoint::open(&directory.path().join("adapter")).unwrap();
+    peft::unmerge(&directory.path().join("out"), &checkpoint, &directory.path().join("base"), &|_| Ok(())).unwrap();
+    assert!(
+        tensors(&directory.path().join("base/model.safetensors"))
+            == tensors(&directory.path().join("model.safetensors"))
+    );
+
+    by_hand_in(directory.path(), &base, &adapter, json!({ "lora_bias": true, "modules_to_save": ["score"] }));
+    let merged = merge_in(directory.path(), "all", MergeOptions::default()).unwrap();
+    let judged = |merged: &Tensors| {
+        let path = directory.path().join("theirs.safetensors");
+        write(&path, merged);
+        let [base, adapter] = ["model.safetensors", "adapter"].map(|name| text(&directory.path().join(name)));
+        let run = wora(&["verify", "--base", &base, "--adapter", &adapter, "--merged", &text(&path), "--json"]);
+        let report: Value = serde_json::from_str(&run.1).unwrap();
+        let failed = report["cases"].as_array().unwrap().iter().filter(|case| case["verdict"] == "fail");
+        (run.0, failed.map(|case| case["name"].as_str().unwrap().to_string()).collect::<Vec<_>>())
+    };
+    assert_eq!(judged(&merged), (Some(0), vec![]));
+    type Wrong = (fn(&mut Tensors), &'static str);
+    let wrongs: [Wrong; 4] = [
+        (|all| drop(all.insert("fc1.bias".into(), tensor(&[2], &[3.0, 4.0]))), "fc1.bias"),
+        (|all| drop(all.insert("score.weight".into(), tensor(&[2, 2], &[1.0, 2.0, 3.0, 4.0]))), "score.weight"),
+        (|all| drop(all.remove("c1.bias")), "c1.bias"),
+        (|all| drop(all.insert("stray".into(), tensor(&[1], &[0.5]))), "stray"),
+    ];
+    for (spoil, name) in wrongs {
+        let mut wrong = merged.clone();
+        spoil(&mut wrong);
+        assert_eq!(judged(&wrong), (Some(1), vec![name.to_string()]));
+    }
+}
+
+#[test]
+fn what_is_there_twice_or_is_no_number_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let base: [(&str, &[usize], &[f32]); 2] = [("fc.weight", &[2, 2], &[1.0; 4]), ("score.weight", &[1], &[1.0])];
+    let adapter: [(&str, &[usize], &[f32]); 2] =
+        [("fc.lora_A.weight", &[1, 2], &[1.0; 2]), ("fc.lora_B.weight", &[2, 1], &[1.0; 2])];
+    let with = |more: &[(&str, &[usize], &[f32])], fields: Value| {
+        by_hand_in(directory.path(), &base, &[&adapter, more].concat(), fields);
+        merge_in(directory.path(), "out", MergeOptions::default()).unwrap_err()
+    };
+    let dora = json!({ "use_dora": true });
+    let magnitudes: [(&str, &[usize], &[f32]); 2] =
+        [("fc.lora_magnitude_vector", &[2], &[1.0; 2]), ("fc.lora_magnitude_vector.weight", &[2], &[2.0; 2])];
+    let error = with(&magnitudes, dora);
+    assert!(error.contains("fc.lora_magnitude_vector") && error.contains("once"), "{error}");
+    let error = with(&[("base_model.model.fc.lora_A.weight", &[1, 2], &[1.0; 2])], json!({}));
+    assert!(error.contains("fc.lora_A.weight") && error.contains("once"), "{error}");
+    let error = with(&[("score.weight", &[1], &[f32::NAN])], json!({}));
+    assert!(error.contains("score.weight") && error.contains("NaN"), "{error}");
+    let ranks: [(&str, &[usize], &[f32]); 2] =
+        [("fc.lora_A.weight", &[1, 2], &[1.0; 2]), ("fc.lora_B.weight", &[2, 2], &[1.0; 4])];
+    by_hand_in(directory.path(), &base, &ranks, json!({}));
+    let (code, _, stderr) = wora(&["inspect", &text(&directory.path().join("adapter"))]);
+    assert!(code == Some(2) && stderr.contains("fc.lora_B.weight") && stderr.lines().count() == 1, "{stderr}");
+    by_hand_in(directory.path(), &base, &adapter, json!({}));
+    let (open, model) =
+        (|| Checkpoint::open(&directory.path().join("adapter")).unwrap(), directory.path().join("model.safetensors"));
+    let twice = [open(), open()];
+    let out = directory.path().join("twice");
+    let model = Model::open(&model).unwrap();
+    let error = peft::merge(&model, &twice, MergeOptions::default(), &out, &|_| Ok(())).unwrap_err().to_string();
+    assert!(error.contains("twice"), "{error}");
+    merge_in(directory.path(), "once", MergeOptions::default()).unwrap();
+    let merged = Model::open(&directory.path().join("once")).unwrap();
+    let error = peft::merge(&merged, &[open()], MergeOptions::default(), &out, &|_| Ok(())).unwrap_err().to_string();
+    assert!(error.contains(peft::RECORD_FILE) && error.contains("merged"), "{error}");
+    assert!(!out.exists());
+}
+
+#[test]
+fn a_square_weight_is_stored_as_its_namesakes_are() {
+    let directory = tempfile::tempdir().unwrap();
+    let square: &[f32] = &[1.0, 2.0, 3.0, 4.0];
+    let base: [(&str, &[usize], &[f32]); 3] = [
+        ("h.attn.c_proj.weight", &[2, 2], square),
+        ("h.mlp.c_proj.weight", &[3, 2], &[0.0; 6]),
+        ("score.weight", &[1, 2], &[0.0; 2]),
+    ];
+    let adapter: [(&str, &[usize], &[f32]); 6] = [
+        ("h.attn.c_proj.lora_A.weight", &[1, 2], &[1.0, 0.0]),
+        ("h.attn.c_proj.lora_B.weight", &[2, 1], &[0.0, 1.0]),
+        ("h.mlp.c_proj.lora_A.weight", &[1, 3], &[1.0; 3]),
+        ("h.mlp.c_proj.lora_B.weight", &[2, 1], &[1.0; 2]),
+        ("score.lora_A.weight", &[1, 2], &[1.0; 2]),
+        ("score.lora_B.weight", &[1, 1], &[1.0]),
+    ];
+    by_hand_in(directory.path(), &base, &adapter, json!({ "fan_in_fan_out": false }));
+    let merged = merge_in(directory.path(), "out", MergeOptions::default()).unwrap();
+    // The other c_proj is [in, out], so this one is: the change is (B A)^T.
+    assert_eq!(f32s(&merged["h.attn.c_proj.weight"].2), [1.0, 3.0, 3.0, 4.0]);
+}
+
+#[test]
+fn a_kept_base_comes_back_to_the_bit_from_any_type_and_a_changed_record_does_not_pass() {
+    let copy = Copy::of("text-dora");
+    let (directory, adapter) = (copy.0.path(), text(&copy.at("adapter")));
+    assert_eq!(copy.merge("half", &["--dtype", "bf16", "--keep-base"]).0, Some(0));
+    let unmerge = |from: &str, out: &str| {
+        let (from, out) = (text(&directory.join(from)), text(&directory.join(out)));
+        wora(&["unmerge", "--merged", &from, "--adapter", &adapter, "--out", &out])
+    };
+    assert_eq!(unmerge("half", "base").0, Some(0));
+    assert!(tensors(&copy.at("base/model.safetensors")) == tensors(&copy.model()));
+    let spoil = |from: &str, change: fn(&mut Vec<u8>)| {
+        let path = directory.join(from).join(peft::RECORD_FILE);
+        let mut bytes = std::fs::read(&path).unwrap();
+        change(&mut bytes);
+        std::fs::write(path, bytes).unwrap();
+    };
+    // The last bytes are of the last kept tensor.
+    spoil("half", |bytes| *bytes.last_mut().unwrap() ^= 1);
+    let (code, _, stderr) = unmerge("half", "spoilt");
+    assert!(code == Some(2) && stderr.contains("base.") && stderr.contains("changed since"), "{stderr}");
+    assert_eq!(copy.merge("plain", &[]).0, Some(0));
+    spoil("plain", |bytes| *bytes.last_mut().unwrap() ^= 1);
+    let (code, _, stderr) = unmerge("plain", "spoilt");
+    assert!(code == Some(2) && stderr.contains(".weight_norm") && stderr.contains("changed since"), "{stderr}");
+    assert!(!copy.at("spoilt").exists());
+}
+
+#[test]
+fn parents_are_made_only_when_all_is_well_and_links_are_followed() {
+    let copy = Copy::of("text-dora");
+    assert_eq!(copy.merge("new/a/b", &[]).0, Some(0));
+    assert!(copy.at("new/a/b/model.safetensors").exists());
+    copy.zero_unit();
+    assert_eq!(copy.merge("other/a/b", &[]).0, Some(2));
+    assert!(!copy.at("other").exists());
+    #[cfg(unix)]
+    {
+        std::fs::create_dir(copy.at("empty")).unwrap();
+        std::os::unix::fs::symlink(copy.at("empty"), copy.at("link")).unwrap();
+        assert_eq!(copy.merge("link", &["--zero-norm", "zero"]).0, Some(0));
+        assert!(copy.at("empty/model.safetensors").exists());
+    }
+}
+
+#[test]
+fn a_tensor_that_two_shards_have_is_refused() {
+    let copy = Copy::of("text-dora");
+    let all = tensors(&copy.model());
+    write(&copy.at("a.safetensors"), &all);
+    write(
+        &copy.at("b.safetensors"),
+        &all.iter().take(1).map(|(name, tensor)| (name.clone(), tensor.clone())).collect(),
+    );
+    let map: serde_json::Map<_, _> = all.keys().map(|name| (name.clone(), json!("a.safetensors"))).collect();
+    let mut map = Value::from(map);
+    map["fc2.bias"] = json!("b.safetensors");
+    copy.index(map);
+    let (code, _, stderr) = copy.merge("out", &[]);
+    assert!(code == Some(2) && stderr.contains("b.safetensors"), "{stderr}");
 }

@@ -65,11 +65,7 @@ impl Spec {
     /// Why the case exists: what sets it apart from the plain one of its layer.
     pub fn why(&self) -> String {
         let Config { method, norm_gradient, norm_axis, norm_eps, .. } = self.config;
-        let mut reasons = vec![match method {
-            Method::Lora => "LoRA".to_string(),
-            Method::Dora => "DoRA".into(),
-            Method::Wora => "WoRA".into(),
-        }];
+        let mut reasons = vec![method.to_string()];
         reasons.extend((norm_gradient == NormGradient::Full).then(|| "the gradient through the norm".into()));
         reasons.extend((norm_axis == NormAxis::Input).then(|| "one norm an input column".into()));
         reasons.extend((norm_eps != 0.0).then(|| format!("norm_eps {norm_eps}")));

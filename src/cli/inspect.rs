@@ -22,7 +22,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     let adapter = Checkpoint::open(&args.adapter)?;
     let base = args.base.as_ref().map(|base| Model::open(base)).transpose()?;
     let reports = inspect(&adapter, base.as_ref()).map_err(|error| error.in_file(&args.adapter))?;
-    warn(&[adapter]);
+    warn(adapter.config().warnings());
     print(&if args.json { serde_json::to_string(&reports).expect("plain data") } else { as_table(&reports) })?;
     Ok(Outcome::Good)
 }
@@ -49,7 +49,7 @@ fn as_table(reports: &[ModuleReport]) -> String {
         [
             printable(&report.module),
             report.kind.clone(),
-            format!("{:?}", report.method),
+            report.method.to_string(),
             report.shape.as_ref().map_or_else(|| format!("A {a:?}, B {b:?}"), |shape| format!("{shape:?}")),
             report.rank.to_string(),
             format!("{:.4}", report.scaling),
@@ -58,7 +58,7 @@ fn as_table(reports: &[ModuleReport]) -> String {
             report.gains.map_or_else(String::new, |[least, most]| format!("{least:.4} to {most:.4}")),
             optional(report.delta_over_base),
             optional(report.change_over_base),
-            format!("{:.2}", report.effective_rank),
+            report.effective_rank.map_or_else(String::new, |rank| format!("{rank:.2}")),
             report.zero_norm_units.map_or_else(String::new, |units| units.to_string()),
         ]
     }));

@@ -1,9 +1,9 @@
 //! `wora merge`: a base model with adapters merged into it.
 
-use super::{Outcome, print, printable, progress_in_bytes, table, warn};
+use super::{Outcome, counting, print, printable, progress_in_bytes, table, warn};
 use std::path::PathBuf;
 use woracle::oracle::Dtype;
-use woracle::peft::{Change, Changed, Checkpoint, MergeOptions, Model, merge, merged_bytes};
+use woracle::peft::{Change, Changed, Checkpoint, MergeOptions, Model, merge, merged_bytes, warnings};
 use woracle::wora::ZeroNorm;
 use woracle::{Error, Result};
 
@@ -57,10 +57,10 @@ fn zero_norm(text: &str) -> std::result::Result<ZeroNorm, String> {
 pub fn run(args: Args) -> Result<Outcome> {
     let adapters = args.adapter.iter().map(|path| Checkpoint::open(path)).collect::<Result<Vec<_>>>()?;
     let base = Model::open(&args.base)?;
-    warn(&adapters);
+    warn(adapters.iter().flat_map(|adapter| adapter.config().warnings()).chain(warnings(&base, &adapters)?));
     let options = MergeOptions { dtype: args.dtype.0, zero_norm: args.zero_norm, keep_base: args.keep_base };
     let bar = progress_in_bytes(merged_bytes(&base, options));
-    let done = merge(&base, &adapters, options, &args.out, &|bytes| bar.inc(bytes));
+    let done = merge(&base, &adapters, options, &args.out, &counting(&bar, &args.out));
     bar.finish_and_clear();
     let changed = done.map_err(|error| match error {
         file @ Error::File { .. } => file,
@@ -75,15 +75,16 @@ pub fn run(args: Args) -> Result<Outcome> {
 }
 
 pub(super) fn as_table(changed: &[Changed]) -> String {
-    let mut table = table(&["tensor", "change", "layer", "from"]);
+    let mut table = table(&["tensor", "change", "layer", "was shared with"]);
     table.add_rows(changed.iter().map(|changed| {
         let change = match changed.change {
             Change::Merged => "merged",
             Change::Bias => "bias added",
             Change::Replaced => "replaced",
+            Change::Rounded => "rounded",
         };
-        let [kind, base] = [&changed.kind, &changed.base].map(|text| text.clone().unwrap_or_default());
-        [printable(&changed.tensor), change.into(), kind, printable(&base)]
+        let [kind, shared] = [&changed.kind, &changed.shared_with].map(|text| text.clone().unwrap_or_default());
+        [printable(&changed.tensor), change.into(), kind, printable(&shared)]
     }));
     table.to_string()
 }

@@ -15,7 +15,9 @@ use clap::{Parser, Subcommand};
 use comfy_table::{ContentArrangement, Table, presets::UTF8_FULL_CONDENSED};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::{ErrorKind, Write};
+use std::path::Path;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The oracle for WoRA: is a layer's forward and backward right?
 #[derive(Parser)]
@@ -119,9 +121,29 @@ fn progress_in_bytes(length: u64) -> ProgressBar {
     bar
 }
 
-/// What is switched on in adapters and left out of account, on standard error.
-fn warn(adapters: &[woracle::peft::Checkpoint]) {
-    for warning in adapters.iter().flat_map(|adapter| adapter.config().warnings()) {
+/// Counts written bytes on a bar, until a signal asks for an end: what is half written is then taken away. A second
+/// signal ends the process at once.
+fn counting<'b>(bar: &'b ProgressBar, out: &'b Path) -> impl Fn(u64) -> woracle::Result<()> + Sync + 'b {
+    let stop = std::sync::Arc::new(AtomicBool::new(false));
+    #[cfg(unix)]
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
+        // Where a signal cannot be taken the process ends by it.
+        let _ = signal_hook::flag::register_conditional_shutdown(signal, 2, stop.clone());
+        let _ = signal_hook::flag::register(signal, stop.clone());
+    }
+    move |bytes| {
+        bar.inc(bytes);
+        if stop.load(Ordering::Relaxed) {
+            let message = "interrupted, nothing is written".into();
+            return Err(woracle::Error::File { path: out.into(), message });
+        }
+        Ok(())
+    }
+}
+
+/// What is to be considered, on standard error.
+fn warn(warnings: impl IntoIterator<Item = String>) {
+    for warning in warnings {
         eprintln!("wora: warning: {}", printable(&warning));
     }
 }

@@ -1,7 +1,7 @@
 //! `wora unmerge`: the base model of a merged one.
 
 use super::merge::as_table;
-use super::{Outcome, print, progress_in_bytes};
+use super::{Outcome, counting, print, progress_in_bytes};
 use std::path::PathBuf;
 use woracle::Result;
 use woracle::peft::{Checkpoint, MergeOptions, Model, merged_bytes, unmerge};
@@ -26,7 +26,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<Outcome> {
     let adapter = Checkpoint::open(&args.adapter)?;
     let bar = progress_in_bytes(merged_bytes(&Model::open(&args.merged)?, MergeOptions::default()));
-    let done = unmerge(&args.merged, &adapter, &args.out, &|bytes| bar.inc(bytes));
+    let done = unmerge(&args.merged, &adapter, &args.out, &counting(&bar, &args.out));
     bar.finish_and_clear();
     let changed = done.map_err(|error| error.in_file(&args.merged))?;
     print(&if args.json {

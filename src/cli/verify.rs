@@ -104,7 +104,7 @@ fn judge_merge(adapter: &Path, base: &Path, merged: &Path, tolerance: Tolerance)
     let mut cases = vec![];
     for module in modules {
         bar.set_message(module.to_string());
-        let judged = compare::case(&checkpoint, &base, &theirs, module).map_err(|error| error.in_file(merged));
+        let judged = compare::case(&checkpoint, &base, &theirs, module).map_err(|error| error.in_file(adapter));
         cases.push(match judged {
             // A merged model answers nothing but weights.
             Ok(file) => CaseVerdict { unanswered: vec![], ..judge_case(file, merged, tolerance, &bar) },
@@ -113,7 +113,7 @@ fn judge_merge(adapter: &Path, base: &Path, merged: &Path, tolerance: Tolerance)
         bar.inc(1);
     }
     bar.finish_and_clear();
-    for (name, line) in compare::changed_otherwise(&checkpoint, &base, &theirs)? {
+    for (name, line) in compare::others(&checkpoint, &base, &theirs)? {
         cases.push(CaseVerdict {
             name: name.clone(),
             file: merged.display().to_string(),

@@ -1,10 +1,13 @@
 //! `adapter_model.safetensors`: which tensors are whose, under PEFT's names.
 
 use super::config::{AdapterConfig, CONFIG_FILE};
+use super::save::write_adapter;
+use crate::error::check_finite;
 use crate::tensor_file::TensorFile;
+use crate::tensor_writer::Planned;
 use crate::wora::{Adapter, Method, SCALE_NAMES};
 use crate::{Error, Result};
-use ndarray::ArrayD;
+use ndarray::{ArrayD, IxDyn};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -57,7 +60,10 @@ impl Checkpoint {
             let plain = name.strip_prefix(PREFIX).unwrap_or(&name);
             match role(plain) {
                 Some((module, place)) => {
-                    *place(modules.entry(module.into()).or_default()) = Some(name.clone());
+                    if let Some(other) = place(modules.entry(module.into()).or_default()).replace(name.clone()) {
+                        let reason = format!("expected it once, found it as {other} too");
+                        return Err(Error::Unexpected { tensor: name, reason }.in_file(&path)); // C7
+                    }
                 }
                 None if plain.contains("lora_") => {
                     let reason = "expected lora_A, lora_B, lora_embedding_A, lora_embedding_B, lora_magnitude_vector, \
@@ -67,9 +73,16 @@ impl Checkpoint {
                 }
                 None => {
                     let tensor = plain.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".");
-                    replaced.insert(tensor, name);
+                    if let Some(other) = replaced.insert(tensor, name.clone()) {
+                        let reason = format!("expected it once, found it as {other} too");
+                        return Err(Error::Unexpected { tensor: name, reason }.in_file(&path)); // C7
+                    }
                 }
             }
+        }
+        if modules.is_empty() && replaced.is_empty() {
+            let message = "expected a tensor of an adapter, found none".into();
+            return Err(Error::File { path, message }); // C7
         }
         let checkpoint = Self { directory: directory.into(), config, file, modules, replaced };
         checkpoint
@@ -101,6 +114,11 @@ impl Checkpoint {
         &self.replaced
     }
 
+    /// The names in the base of everything that is adapted or replaced.
+    pub fn tensors_of_base(&self) -> impl Iterator<Item = String> {
+        self.modules.keys().map(|module| format!("{module}.weight")).chain(self.replaced.keys().cloned())
+    }
+
     /// The adapter's tensors.
     pub fn file(&self) -> &TensorFile<'static> {
         &self.file
@@ -115,16 +133,40 @@ impl Checkpoint {
     ///
     /// # Errors
     ///
-    /// A tensor that cannot be read.
+    /// A module that the adapter does not have (C7); a tensor that cannot be read, or is not finite (C2); a scalar that is
+    /// none (C1).
     pub fn adapter(&self, module: &str) -> Result<Adapter<f64>> {
         let missing = || Error::Missing { tensor: module.into(), expected: "a module of the adapter".into() };
-        let tensors = self.modules.get(module).ok_or_else(missing)?;
+        let tensors = self.modules.get(module).ok_or_else(missing)?; // C7
+        let read = |name: &String| -> Result<ArrayD<f64>> {
+            let (values, _) = self.file.values(name)?;
+            check_finite(name, values.view())?; // C2
+            Ok(values)
+        };
+        let scalar = |name: &String| -> Result<ArrayD<f64>> {
+            let values = read(name)?;
+            let (shape, expected) = (values.shape().to_vec(), "[]".into());
+            let one = values.into_shape_with_order(IxDyn(&[]));
+            one.map_err(|_| Error::Shape { tensor: name.clone(), expected, found: shape }) // C1
+        };
         let lora = if self.is_embedding(module) { &tensors.embedding } else { &tensors.lora };
-        let read = |name: &Option<String>| name.as_ref().map(|name| Ok(self.file.values(name)?.0)).transpose();
         let [a, b] = lora.each_ref().map(|name| name.as_ref().expect("checked when it was opened"));
-        let [magnitude, alpha, beta] = tensors.scales.each_ref().map(read);
-        let (magnitude, alpha, beta) = (magnitude?, alpha?, beta?);
-        Ok(Adapter { lora_a: self.file.values(a)?.0, lora_b: self.file.values(b)?.0, magnitude, alpha, beta })
+        let [magnitude, alpha, beta] = &tensors.scales;
+        Ok(Adapter {
+            lora_a: read(a)?,
+            lora_b: read(b)?,
+            magnitude: magnitude.as_ref().map(read).transpose()?,
+            alpha: alpha.as_ref().map(scalar).transpose()?,
+            beta: beta.as_ref().map(scalar).transpose()?,
+        })
+    }
+
+    /// The shapes of a module's A and B, as stored.
+    pub(super) fn lora_shapes(&self, module: &str) -> Option<[&[usize]; 2]> {
+        let tensors = self.modules.get(module)?;
+        let [a, b] = if self.is_embedding(module) { &tensors.embedding } else { &tensors.lora };
+        let shape = |name: &Option<String>| Some(self.file.info(name.as_ref()?)?.shape.as_slice());
+        Some([shape(a)?, shape(b)?])
     }
 
     /// What B adds to a module's bias before it is multiplied by s; `None` where B has no bias.
@@ -133,8 +175,10 @@ impl Checkpoint {
     ///
     /// A tensor that cannot be read.
     pub fn lora_bias(&self, module: &str) -> Result<Option<ArrayD<f64>>> {
-        let name = self.modules.get(module).and_then(|tensors| tensors.bias.as_ref());
-        name.map(|name| Ok(self.file.values(name)?.0)).transpose()
+        let Some(name) = self.modules.get(module).and_then(|tensors| tensors.bias.as_ref()) else { return Ok(None) };
+        let (values, _) = self.file.values(name)?;
+        check_finite(name, values.view())?; // C2
+        Ok(Some(values))
     }
 
     /// The name in the file of what plays a role in a module, for what is said of it.
@@ -178,11 +222,11 @@ impl Checkpoint {
         for (role, name, needed) in roles {
             match (name, needed) {
                 (None, true) => {
-                    let expected = format!("a tensor, as {CONFIG_FILE} says {method:?}");
+                    let expected = format!("a tensor, as {CONFIG_FILE} says {method}");
                     return Err(Error::Missing { tensor: format!("{module}.{role}"), expected }); // C7
                 }
                 (Some(name), false) => {
-                    return unexpected(name, &format!("none, as {CONFIG_FILE} says {method:?}")); // C7
+                    return unexpected(name, &format!("none, as {CONFIG_FILE} says {method}")); // C7
                 }
                 _ => {}
             }
@@ -191,14 +235,36 @@ impl Checkpoint {
             let (name, expected) = ("lora_bias", format!("it off, as {module} is an embedding"));
             return Err(Error::Setting { name, expected, found: "it on".into() });
         }
-        let a = lora[0].as_ref().expect("looked at above");
-        let shape = &self.file.info(a).expect("a tensor of the file").shape;
-        let rank = self.config.rank(module)?;
-        if shape.first() != Some(&rank) {
+        let [a, b] = lora.each_ref().map(|name| name.as_ref().expect("looked at above"));
+        let [shape_a, shape_b] = [a, b].map(|name| &self.file.info(name).expect("a tensor of the file").shape);
+        let rank = self.config.rank(module);
+        if shape_a.len() < 2 || shape_a[0] != rank {
             let expected = format!("[{rank}, ...], the rank in {CONFIG_FILE}");
-            return Err(Error::Shape { tensor: a.clone(), expected, found: shape.clone() }); // C3
+            return Err(Error::Shape { tensor: a.clone(), expected, found: shape_a.clone() }); // C3
+        }
+        // Beside a grouped convolution B has only the ranks of a group.
+        if shape_b.len() < 2 || shape_b[1] == 0 || !rank.is_multiple_of(shape_b[1]) {
+            let expected = format!("[..., {rank}], the rank in {CONFIG_FILE}");
+            return Err(Error::Shape { tensor: b.clone(), expected, found: shape_b.clone() }); // C3
         }
         Ok(())
+    }
+
+    /// Writes the same adapter, its tensors byte for byte, into another directory.
+    ///
+    /// # Errors
+    ///
+    /// A directory that has something in it or cannot be written.
+    pub fn write(&self, directory: &Path) -> Result<()> {
+        let infos = self.file.in_order().into_iter().map(|name| {
+            let info = self.file.info(&name).expect("a tensor of the file");
+            (Planned { name, dtype: info.dtype, shape: info.shape.clone() }, info)
+        });
+        let tensors: Vec<_> = infos
+            .map(|(planned, info)| Ok((self.file.all_bytes(&planned.name, info)?, planned)))
+            .collect::<Result<_>>()?;
+        let (bytes, planned): (Vec<_>, Vec<_>) = tensors.into_iter().unzip();
+        write_adapter(directory, &self.config, &planned, bytes.into_iter().map(Ok))
     }
 }
 

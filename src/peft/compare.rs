@@ -1,13 +1,16 @@
-//! Somebody's merged model against the oracle's, as cases with one answer, which can be judged and diagnosed as all others.
+//! Somebody's merged model against the oracle's: adapted weights as cases with one answer, which can be judged and
+//! diagnosed as all others, and everything else of it.
 
 use super::checkpoint::Checkpoint;
+use super::merge::{planned, plans};
 use super::model::Model;
 use super::module::{Kind, Module};
 use crate::Result;
 use crate::case::{Case, Tensor};
 use crate::dtype::Dtype;
+use crate::operators::{Embedding, Linear, Operator};
 use crate::oracle::CaseFile;
-use crate::tensor_file::floating_point;
+use crate::oracle::verify::SLACK;
 use crate::wora::ZeroNorm;
 use ndarray::{ArcArray, ArrayD, IxDyn};
 use serde_json::{Map, json};
@@ -21,31 +24,31 @@ use std::collections::{BTreeMap, BTreeSet};
 pub fn case(checkpoint: &Checkpoint, base: &Model, merged: &Model, module: &str) -> Result<CaseFile> {
     let about = Module::new(checkpoint, base, module, ZeroNorm::Zero)?;
     let (layer, lora) = match about.kind {
-        Kind::Linear | Kind::LinearFanInFanOut => ("linear", ["lora_A", "lora_B"]),
-        Kind::Embedding => ("embedding", ["lora_embedding_A", "lora_embedding_B"]),
-        Kind::Conv1d => ("conv1d", ["lora_A", "lora_B"]),
-        Kind::Conv2d => ("conv2d", ["lora_A", "lora_B"]),
-        Kind::Conv3d => ("conv3d", ["lora_A", "lora_B"]),
+        Kind::Linear | Kind::LinearFanInFanOut => ("linear", Linear::LORA_NAMES),
+        Kind::Embedding => ("embedding", Embedding::LORA_NAMES),
+        Kind::Conv1d => ("conv1d", Linear::LORA_NAMES),
+        Kind::Conv2d => ("conv2d", Linear::LORA_NAMES),
+        Kind::Conv3d => ("conv3d", Linear::LORA_NAMES),
     };
-    let read = |model: &Model, name: &str| -> Result<(ArrayD<f64>, Dtype)> {
-        let found = model.find(name)?;
-        model.tensor(found.name())?.0.values(found.name())
+    let weight = match checkpoint.replaced().get(&about.weight) {
+        Some(name) => checkpoint.file().values(name)?.0,
+        None => base.tensor(about.found.name())?.0.values(about.found.name())?.0,
     };
-    let (weight, _) = read(base, &about.weight)?;
-    let (theirs, dtype) = read(merged, &about.weight)?;
+    let found = merged.naming(&checkpoint.tensors_of_base().collect::<Vec<_>>())?.find(&about.weight)?;
+    let (theirs, dtype) = merged.tensor(found.name())?.0.values(found.name())?;
     let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
     let mut put = |name: &str, values: ArrayD<f64>| tensors.insert(name.into(), Tensor::Float(values.into()));
     for (name, values) in checkpoint.adapter(module)?.named(lora) {
         put(name, values.as_standard_layout().into_owned());
     }
+    put("base.weight", weight);
+    put("merged_weight", theirs);
     // Any input will do: only the weight is asked for.
     let x = match about.kind {
         Kind::Embedding => Tensor::Int(ArrayD::zeros(IxDyn(&[1]))),
         Kind::LinearFanInFanOut => Tensor::Float(ArcArray::zeros(IxDyn(&[1, about.shape[0]]))),
         _ => Tensor::Float(ArcArray::zeros(IxDyn(&[&[1], &about.shape[1..]].concat()))),
     };
-    put("base.weight", weight);
-    put("merged_weight", theirs);
     tensors.insert("x".into(), x);
     let mut settings = Map::from_iter([
         ("scaling".to_string(), json!(about.config.scaling)),
@@ -55,58 +58,70 @@ pub fn case(checkpoint: &Checkpoint, base: &Model, merged: &Model, module: &str)
     if about.kind == Kind::LinearFanInFanOut {
         settings.insert("fan_in_fan_out".into(), json!(true));
     }
-    let case = Case { name: module.into(), layer: layer.into(), settings, tensors };
-    let mut file = CaseFile::new(case, Dtype::F64);
+    let mut file = CaseFile::new(Case { name: module.into(), layer: layer.into(), settings, tensors }, Dtype::F64);
     file.dtypes.insert("merged_weight".into(), dtype);
     Ok(file)
 }
 
-/// Tensors that no adapter touches and that a merged model has otherwise than its base, which is rounded to the merged
-/// model's type, or does not have at all: a line each, by name.
+/// What is wrong with the tensors of a merged model that are no adapted weights, a line each by name: those that no
+/// adapter touches must be the base's, replaced ones the adapter's, biases the sums that they are, and there may be no
+/// others.
 ///
 /// # Errors
 ///
 /// What cannot be read.
-pub fn changed_otherwise(checkpoint: &Checkpoint, base: &Model, merged: &Model) -> Result<BTreeMap<String, String>> {
-    let mut touched = BTreeSet::new();
-    for module in checkpoint.modules() {
-        touched.insert(base.find(&format!("{module}.weight"))?.name().to_string());
-        if checkpoint.lora_bias(module)?.is_some() {
-            touched.insert(base.find(&format!("{module}.bias"))?.name().to_string());
+pub fn others(checkpoint: &Checkpoint, base: &Model, merged: &Model) -> Result<BTreeMap<String, String>> {
+    let plans = plans(base, std::slice::from_ref(checkpoint), ZeroNorm::Zero)?;
+    let names: BTreeSet<String> = base.shards().iter().flat_map(|shard| shard.file.in_order()).collect();
+    let all: Vec<String> = names.iter().chain(plans.keys()).cloned().collect();
+    let present: Vec<String> = all.iter().filter(|name| merged.place(name).is_some()).cloned().collect();
+    let naming = merged.naming(if present.is_empty() { &all } else { &present })?;
+    let (mut lines, mut known) = (BTreeMap::new(), BTreeSet::new());
+    for name in all.iter().collect::<BTreeSet<_>>() {
+        let Ok(found) = naming.find(name) else {
+            lines.insert(name.clone(), "expected, found none".to_string());
+            continue;
+        };
+        known.insert(found.name().to_string());
+        let plan = plans.get(name);
+        if plan.is_some_and(|plan| !plan.modules.is_empty()) {
+            continue;
+        }
+        let (file, info) = match checkpoint.replaced().iter().find(|(tensor, _)| *tensor == name) {
+            Some((_, theirs)) => {
+                (checkpoint.file(), planned(theirs, checkpoint.file().info(theirs).expect("its own"), None))
+            }
+            None => (base.tensor(name)?.0, planned(name, base.tensor(name)?.1, None)),
+        };
+        let theirs = merged.tensor(found.name())?;
+        if info.shape != theirs.1.shape {
+            lines.insert(name.clone(), format!("expected shape {:?}, found {:?}", info.shape, theirs.1.shape));
+            continue;
+        }
+        let is_float = Dtype::of(info.dtype).is_some() && Dtype::of(theirs.1.dtype).is_some();
+        let same = if is_float {
+            let (ours, _) = file.values(&info.name)?;
+            let (actual, dtype) = theirs.0.values(found.name())?;
+            let added = plan.and_then(|plan| plan.biases.first());
+            let unit = SLACK * dtype.unit_roundoff().max(Dtype::F32.unit_roundoff());
+            ours.indexed_iter().all(|(at, &ours)| match added.map(|added| added[&at]) {
+                None => actual[&at].to_bits() == dtype.round(ours).to_bits(),
+                Some(added) => (actual[&at] - (ours + added)).abs() <= unit * (ours.abs() + added.abs()),
+            })
+        } else {
+            let ours = file.all_bytes(&info.name, file.info(&info.name).expect("a tensor of the file"))?;
+            info.dtype == theirs.1.dtype && ours == theirs.0.all_bytes(found.name(), theirs.1)?
+        };
+        if !same {
+            let what = plan.map_or("the base's numbers", |plan| match plan.biases.is_empty() {
+                true => "the adapter's numbers",
+                false => "the base's and s times the adapter's",
+            });
+            lines.insert(name.clone(), format!("expected {what}, found others"));
         }
     }
-    for tensor in checkpoint.replaced().keys() {
-        touched.insert(base.find(tensor)?.name().to_string());
-    }
-    let mut lines = BTreeMap::new();
-    for shard in base.shards() {
-        for name in shard.file.in_order().into_iter().filter(|name| !touched.contains(name)) {
-            let Ok(found) = merged.find(&name) else {
-                lines.insert(name, "expected as in the base, found none".to_string());
-                continue;
-            };
-            let (ours, theirs) = (base.tensor(&name)?, merged.tensor(found.name())?);
-            if ours.1.shape != theirs.1.shape {
-                let line = format!("expected shape {:?} as in the base, found {:?}", ours.1.shape, theirs.1.shape);
-                lines.insert(name, line);
-                continue;
-            }
-            let whole =
-                |(file, info): (&crate::tensor_file::TensorFile<'static>, &safetensors::tensor::TensorInfo),
-                 name: &str| { file.bytes(name, info, 0..info.data_offsets.1 - info.data_offsets.0) };
-            let (mut expected, actual) = (whole(ours, &name)?, whole(theirs, found.name())?);
-            if ours.1.dtype != theirs.1.dtype {
-                let types = (floating_point(&name, ours.1), floating_point(found.name(), theirs.1));
-                let (Ok(from), Ok(to)) = types else {
-                    lines.insert(name, format!("expected {} as in the base, found {}", ours.1.dtype, theirs.1.dtype));
-                    continue;
-                };
-                expected = to.encode(&from.decode(&expected));
-            }
-            if expected != actual {
-                lines.insert(name, "expected as in the base, as no adapter touches it, found other numbers".into());
-            }
-        }
+    for name in merged.shards().iter().flat_map(|shard| shard.file.in_order()).filter(|name| !known.contains(name)) {
+        lines.insert(name, "expected none of this name, found one".into());
     }
     Ok(lines)
 }

@@ -5,7 +5,7 @@
 //! let config = AdapterConfig::parse(
 //!     r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_wora": true, "rank_pattern": {"fc2": 2}}"#,
 //! )?;
-//! assert_eq!((config.rank("encoder.fc1")?, config.rank("encoder.fc2")?), (4, 2));
+//! assert_eq!((config.rank("encoder.fc1"), config.rank("encoder.fc2")), (4, 2));
 //! assert_eq!(config.scaling("encoder.fc2")?, 4.0); // lora_alpha / rank
 //! # Ok::<(), woracle::Error>(())
 //! ```
@@ -78,9 +78,21 @@ struct Known {
     #[serde(default, deserialize_with = "or_default")]
     alpha_pattern: InOrder,
     #[serde(default)]
+    target_modules: Option<Names>,
+    #[serde(default)]
+    modules_to_save: Option<Names>,
+    #[serde(default)]
     alora_invocation_tokens: Value,
     #[serde(default)]
     megatron_config: Value,
+}
+
+/// Modules: a list of names, or one regular expression.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum Names {
+    Pattern(String),
+    List(Vec<String>),
 }
 
 /// The fields of an object in the order of the file: the first pattern that fits wins.
@@ -198,14 +210,27 @@ impl AdapterConfig {
         self.known.fan_in_fan_out
     }
 
+    /// The names in `target_modules`; empty where it is a regular expression or not there.
+    pub fn target_modules(&self) -> &[String] {
+        names(&self.known.target_modules)
+    }
+
+    /// The regular expression in `target_modules`; `None` where it is a list or not there.
+    pub fn target_pattern(&self) -> Option<&str> {
+        match &self.known.target_modules {
+            Some(Names::Pattern(pattern)) => Some(pattern),
+            _ => None,
+        }
+    }
+
+    /// The names in `modules_to_save`.
+    pub fn modules_to_save(&self) -> &[String] {
+        names(&self.known.modules_to_save)
+    }
+
     /// The rank of a module.
-    ///
-    /// # Errors
-    ///
-    /// None for a file that has been read.
-    pub fn rank(&self, module: &str) -> Result<usize> {
-        let of_pattern = first(&self.rank_pattern, module);
-        Ok(of_pattern.unwrap_or(self.known.r as usize))
+    pub fn rank(&self, module: &str) -> usize {
+        first(&self.rank_pattern, module).unwrap_or(self.known.r as usize)
     }
 
     /// s of a module: `lora_alpha / rank`, or `lora_alpha / sqrt(rank)` with `use_rslora`. E8
@@ -215,7 +240,7 @@ impl AdapterConfig {
     /// A `lora_alpha` that is not finite (C4).
     pub fn scaling(&self, module: &str) -> Result<f64> {
         let lora_alpha = first(&self.alpha_pattern, module).unwrap_or(self.known.lora_alpha);
-        scaling(lora_alpha, self.rank(module)?, self.known.use_rslora)
+        scaling(lora_alpha, self.rank(module), self.known.use_rslora)
     }
 
     /// What is switched on, is not understood and may change numbers: a line each.
@@ -227,6 +252,9 @@ impl AdapterConfig {
             .filter(|(name, value)| !understood(name) && is_on(value))
             .map(|(name, value)| format!("{CONFIG_FILE}: {name} = {value} is not understood and left out of account"))
             .collect();
+        if is_on(&self.known.megatron_config) {
+            lines.push(format!("{CONFIG_FILE}: megatron_config is not understood and left out of account"));
+        }
         let init = self.fields.get("init_lora_weights").and_then(Value::as_str);
         // These take something off the base weight when they start.
         let changes_base = ["pissa", "olora", "corda", "loftq", "lora_ga"];
@@ -315,6 +343,13 @@ fn patterns<V>(name: &'static str, pattern: &InOrder, read: impl Fn(&Value) -> R
         ))
     };
     pattern.0.iter().map(one).collect()
+}
+
+fn names(names: &Option<Names>) -> &[String] {
+    match names {
+        Some(Names::List(names)) => names,
+        Some(Names::Pattern(_)) | None => &[],
+    }
 }
 
 /// The value of the first pattern that fits.

@@ -2,12 +2,13 @@
 
 use super::checkpoint::Checkpoint;
 use super::model::Model;
-use super::module::Module;
-use crate::wora::{Method, ZeroNorm};
-use crate::{Error, Result};
+use super::module::{Module, in_parallel};
+use crate::Result;
+use crate::wora::{Method, ZeroNorm, as_matrix};
 use faer::Mat;
-use ndarray::{Array2, ArrayD, ArrayView2, Axis, Ix2};
+use ndarray::{Array1, ArrayD, ArrayView2, Axis, IxDyn};
 use serde::Serialize;
+use std::ops::Range;
 
 /// One module.
 #[derive(Clone, Debug, Serialize)]
@@ -30,13 +31,13 @@ pub struct ModuleReport {
     pub alpha: f64,
     /// The learned beta; 1 where it is not learned.
     pub beta: f64,
-    /// The norm of `alpha s B A`.
-    pub delta_norm: f64,
+    /// The norm of `alpha s B A`; `None` where B does not multiply A, beside a grouped convolution.
+    pub delta_norm: Option<f64>,
     /// The effective rank of B A: the exponential of the entropy of its squared singular values, as parts of their sum. E80
-    pub effective_rank: f64,
-    /// `||alpha s B A|| / ||W0||`; `None` without a base.
+    pub effective_rank: Option<f64>,
+    /// `||alpha s B A|| / ||W0||`; `None` without a base or over zeros.
     pub delta_over_base: Option<f64>,
-    /// `||W' - W0|| / ||W0||`; `None` without a base.
+    /// `||W' - W0|| / ||W0||`; `None` without a base or over zeros.
     pub change_over_base: Option<f64>,
     /// The smallest and the largest gain, of units that have a direction; `None` for LoRA and without a base.
     pub gains: Option<[f64; 2]>,
@@ -55,26 +56,17 @@ pub fn inspect(checkpoint: &Checkpoint, base: Option<&Model>) -> Result<Vec<Modu
 
 fn one(checkpoint: &Checkpoint, base: Option<&Model>, name: &str) -> Result<ModuleReport> {
     let adapter = checkpoint.adapter(name)?;
-    let scalar =
-        |values: &Option<ArrayD<f64>>| values.as_ref().and_then(|values| values.first().copied()).unwrap_or(1.0);
+    let scalar = |values: &Option<ArrayD<f64>>| values.as_ref().map_or(1.0, |values| values[IxDyn(&[])]);
     let (alpha, beta, scaling) = (scalar(&adapter.alpha), scalar(&adapter.beta), checkpoint.config().scaling(name)?);
-    let matrix = |values: &ArrayD<f64>| -> Result<Array2<f64>> {
-        let rows = values.len_of(Axis(0));
-        let columns = values.len() / rows.max(1);
-        let values = values.to_shape((rows, columns)).map_err(|_| Error::Shape {
-            tensor: name.into(),
-            expected: "two axes or more".into(),
-            found: values.shape().to_vec(),
-        })?;
-        Ok(values.into_owned())
-    };
-    let (a, b) = (matrix(&adapter.lora_a)?, matrix(&adapter.lora_b)?);
-    let singular = singular_values(b.view(), a.view())?;
-    let squares: f64 = singular.iter().map(|value| value * value).sum();
-    let parts = singular.iter().map(|value| value * value / squares).filter(|part| *part > 0.0);
-    let entropy: f64 = parts.map(|part| -part * part.ln()).sum(); // E80
-    let delta_norm = (alpha * scaling).abs() * squares.sqrt();
-    let mut report = ModuleReport {
+    let singular = singular_values(as_matrix(&adapter.lora_b), as_matrix(&adapter.lora_a));
+    let squares = singular.as_ref().map(|values| values.iter().map(|value| value * value).sum::<f64>());
+    let delta_norm = squares.map(|squares| (alpha * scaling).abs() * squares.sqrt());
+    let effective_rank = singular.as_ref().zip(squares).map(|(values, squares)| {
+        let parts = values.iter().map(|value| value * value / squares).filter(|part| *part > 0.0);
+        let entropy: f64 = parts.map(|part| -part * part.ln()).sum(); // E80
+        if squares > 0.0 { entropy.exp() } else { 0.0 }
+    });
+    let report = ModuleReport {
         module: name.into(),
         kind: if checkpoint.is_embedding(name) { "embedding" } else { "linear or convolution" }.into(),
         method: checkpoint.config().method(),
@@ -85,7 +77,7 @@ fn one(checkpoint: &Checkpoint, base: Option<&Model>, name: &str) -> Result<Modu
         alpha,
         beta,
         delta_norm,
-        effective_rank: if squares > 0.0 { entropy.exp() } else { 0.0 },
+        effective_rank,
         delta_over_base: None,
         change_over_base: None,
         gains: None,
@@ -94,48 +86,56 @@ fn one(checkpoint: &Checkpoint, base: Option<&Model>, name: &str) -> Result<Modu
     let Some(base) = base else { return Ok(report) };
     let module = Module::new(checkpoint, base, name, ZeroNorm::Zero)?;
     let at = base.tensor(module.found.name())?;
-    let (mut of_base, mut of_change, mut zeros) = (0.0, 0.0, 0);
-    let mut gains = [f64::INFINITY, f64::NEG_INFINITY];
-    for rows in module.blocks() {
-        let (weight, _) = module.read(&rows, module.found.name(), at)?;
-        let layer = module.layer(&rows, weight.clone())?;
-        let (merged, norms) = module.merge(&rows, weight.clone())?;
-        of_base += weight.iter().map(|w| w * w).sum::<f64>();
-        of_change += merged.iter().zip(&weight).map(|(merged, w)| (merged - w).powi(2)).sum::<f64>();
-        let norms = norms.unwrap_or_else(|| norms_of(&layer.weighted(), &module));
-        zeros += norms.iter().filter(|&&norm| norm == 0.0).count();
-        for (magnitude, norm) in
-            layer.adapter().magnitude.iter().flatten().zip(&norms).filter(|(_, norm)| **norm != 0.0)
-        {
-            gains = [gains[0].min(magnitude / norm), gains[1].max(magnitude / norm)];
+    let read = |rows: &Range<usize>| Ok(module.read(rows, module.found.name(), at)?.0);
+    let of_columns = module.column_norms(read)?;
+    let mut sums = [0.0; 2];
+    let mut norms = Array1::zeros(module.adapter.lora_b.len_of(Axis(0)));
+    let one = |rows: &Range<usize>| {
+        let weight = read(rows)?;
+        let (merged, _) = module.merge(rows, weight.clone(), of_columns.as_ref())?;
+        let of_rows = match &of_columns {
+            Some(_) => None,
+            None => Some(module.layer(rows, weight.clone())?.squared_weighted_norms().mapv_into(f64::sqrt)),
+        };
+        let of_base: f64 = weight.iter().map(|w| w * w).sum();
+        let of_change: f64 = merged.iter().zip(&weight).map(|(merged, w)| (merged - w).powi(2)).sum();
+        Ok((rows.clone(), [of_base, of_change], of_rows))
+    };
+    in_parallel(&module.blocks(), one, |some| {
+        for (rows, of_rows, norms_of_rows) in some {
+            sums = [sums[0] + of_rows[0], sums[1] + of_rows[1]];
+            if let Some(of_rows) = norms_of_rows {
+                norms.slice_axis_mut(Axis(0), rows.into()).assign(&of_rows);
+            }
         }
-    }
-    report.kind = module.kind.name().into();
-    report.shape = Some(module.shape.clone());
-    report.delta_over_base = Some(delta_norm / of_base.sqrt());
-    report.change_over_base = Some((of_change / of_base).sqrt());
-    report.gains = (gains[0] <= gains[1]).then_some(gains);
-    report.zero_norm_units = Some(zeros);
-    Ok(report)
-}
-
-/// The norms of V's units.
-fn norms_of(weighted: &ArrayD<f64>, module: &Module) -> ndarray::Array1<f64> {
-    let weighted = weighted.view().into_dimensionality::<Ix2>().expect("a matrix");
-    let weighted = if module.norms(&(0..0)).is_empty() { weighted } else { weighted.reversed_axes() };
-    weighted.rows().into_iter().map(|row| row.dot(&row).sqrt()).collect()
+        Ok(())
+    })?;
+    let norms = of_columns.unwrap_or(norms);
+    let ratio = |part: f64| if sums[0] > 0.0 { Some(part / sums[0].sqrt()) } else { None };
+    let directed = module.adapter.magnitude.iter().flatten().zip(&norms).filter(|(_, norm)| **norm != 0.0);
+    let gains = directed.map(|(magnitude, norm)| magnitude / norm);
+    let range = gains.fold([f64::INFINITY, f64::NEG_INFINITY], |[least, most], gain| [least.min(gain), most.max(gain)]);
+    Ok(ModuleReport {
+        kind: module.kind.name().into(),
+        shape: Some(module.shape.clone()),
+        delta_over_base: report.delta_norm.and_then(ratio),
+        change_over_base: ratio(sums[1].sqrt()),
+        gains: (range[0] <= range[1]).then_some(range),
+        zero_norm_units: Some(norms.iter().filter(|&&norm| norm == 0.0).count()),
+        ..report
+    })
 }
 
 /// The singular values of B A, of which there are no more than ranks: those of `R_B R_A^T`, where `B = Q_B R_B` and
-/// `A^T = Q_A R_A`.
-fn singular_values(b: ArrayView2<'_, f64>, a: ArrayView2<'_, f64>) -> Result<Vec<f64>> {
+/// `A^T = Q_A R_A`. `None` where B does not multiply A, as beside a grouped convolution, or where they are beyond f64.
+fn singular_values(b: ArrayView2<'_, f64>, a: ArrayView2<'_, f64>) -> Option<Vec<f64>> {
     let triangle = |matrix: ArrayView2<'_, f64>| {
         let matrix = Mat::from_fn(matrix.nrows(), matrix.ncols(), |i, j| matrix[(i, j)]);
         matrix.qr().thin_R().to_owned()
     };
+    if b.ncols() != a.nrows() {
+        return None;
+    }
     let core = triangle(b) * triangle(a.t()).transpose();
-    core.singular_values().map_err(|_| Error::Unexpected {
-        tensor: "B A".into(),
-        reason: "expected singular values, found none: a number is not finite".into(),
-    })
+    core.singular_values().ok().filter(|values| values.iter().all(|value| (value * value).is_finite()))
 }

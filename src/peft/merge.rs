@@ -1,17 +1,18 @@
 //! Merging adapters into a base model, a tensor at a time. SPEC.md, section 7.
 
 use super::checkpoint::{ADAPTER_FILE, Checkpoint};
-use super::model::{Found, Model};
+use super::model::{Found, Model, Naming};
 use super::module::{Module, has_norms, in_parallel};
-use super::record::{BASE, Change, Changed, FORMAT, Record, hash_adapter, hexadecimal, write_record};
-use super::rewrite::{Make, Output, Outputs, Staged, round, round_rows, write_model};
+use super::record::{Change, Changed, FORMAT, Kept, RECORD_FILE, Record, hash_adapter, hexadecimal, write_record};
+use super::rewrite::{Make, Output, Outputs, Sink, Staged, round, round_rows, write_model};
 use crate::dtype::Dtype;
-use crate::error::check_shape;
-use crate::tensor_file::floating_point;
+use crate::error::{check_finite, check_shape};
+use crate::tensor_file::{TensorFile, floating_point};
 use crate::tensor_writer::Planned;
 use crate::wora::ZeroNorm;
 use crate::{Error, Result};
-use ndarray::{Array1, ArrayD};
+use ndarray::{ArrayD, ArrayView1};
+use safetensors::tensor::TensorInfo;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -29,251 +30,361 @@ pub struct MergeOptions {
     pub keep_base: bool,
 }
 
-/// What is going to be done to one tensor of the base.
-pub(super) enum Plan {
-    /// By the modules of one adapter or more.
-    Weight(Vec<Module>),
-    /// `s b_B` of one adapter or more.
-    Bias(Vec<ArrayD<f64>>),
-    /// The adapter, and the tensor's name in it.
-    Replace(usize, String),
+/// What hears how many bytes have been written, and may say that it is enough.
+pub type Progress<'p> = dyn Fn(u64) -> Result<()> + Sync + 'p;
+
+/// What is going to be done to one tensor: it is replaced, then adapted, then added to, or any of these.
+pub(super) struct Plan {
+    found: Found,
+    /// The tensor's name in an adapter, which has it in the base's place.
+    replaced: Option<(usize, String)>,
+    /// As many as adapt it.
+    pub modules: Vec<Module>,
+    /// `s b_B` of as many as add to it.
+    pub biases: Vec<ArrayD<f64>>,
+    /// The module that it is of, where it is of one.
+    module: Option<String>,
+}
+
+impl Plan {
+    fn new(found: Found) -> Self {
+        Self { found, replaced: None, modules: vec![], biases: vec![], module: None }
+    }
+
+    /// Where its values are before they are adapted.
+    fn source<'a>(&'a self, model: &'a Model, adapters: &'a [Checkpoint]) -> Result<Source<'a>> {
+        let (name, (file, info)) = match &self.replaced {
+            None => (self.found.name(), model.tensor(self.found.name())?),
+            Some((adapter, name)) => {
+                let file = adapters[*adapter].file();
+                (name.as_str(), (file, file.info(name).expect("a tensor of the adapter")))
+            }
+        };
+        Ok(Source { name, file, info })
+    }
+
+    fn change(&self) -> Change {
+        match (&self.replaced, self.modules.is_empty(), self.biases.is_empty()) {
+            (_, false, _) => Change::Merged,
+            (_, _, false) => Change::Bias,
+            (Some(_), ..) => Change::Replaced,
+            (None, ..) => Change::Rounded,
+        }
+    }
+}
+
+/// A tensor of some file.
+#[derive(Clone, Copy)]
+struct Source<'a> {
+    name: &'a str,
+    file: &'a TensorFile<'static>,
+    info: &'a TensorInfo,
 }
 
 /// The plans of all adapters, by the names that tensors have in the merged model.
-pub(super) fn plans(
-    model: &Model,
-    adapters: &[Checkpoint],
-    zero_norm: ZeroNorm,
-) -> Result<BTreeMap<String, (Plan, Option<Found>)>> {
-    let mut plans = BTreeMap::<String, (Plan, Option<Found>)>::new();
+pub(super) type Plans = BTreeMap<String, Plan>;
+
+pub(super) fn plans(model: &Model, adapters: &[Checkpoint], zero_norm: ZeroNorm) -> Result<Plans> {
+    let mut plans = Plans::new();
     for (nth, adapter) in adapters.iter().enumerate() {
-        let in_file = |error: Error| error.in_file(&adapter.directory().join(ADAPTER_FILE));
-        for name in adapter.modules() {
-            let module = Module::new(adapter, model, name, zero_norm).map_err(in_file)?;
-            let tensor = match &module.found {
-                Found::Itself(name) => name.clone(),
-                Found::Tied(_) => module.weight.clone(),
-            };
-            let bias = adapter.lora_bias(name)?.map(|bias| bias * module.config.scaling);
-            let units = if bias.is_some() { module.adapter.lora_b.shape()[0] } else { 0 };
-            match plans.entry(tensor).or_insert_with(|| (Plan::Weight(vec![]), Some(module.found.clone()))) {
-                (Plan::Weight(modules), _) => modules.push(module),
-                (_, _) => return Err(in_file(twice(&format!("{name}.weight")))),
-            }
-            let Some(bias) = bias else { continue };
-            let tensor = format!("{name}.bias");
-            let found = model.find(&tensor).map_err(in_file)?;
-            check_shape(&format!("{name}.lora_B.bias"), &[units], bias.shape()).map_err(in_file)?; // C1
-            check_shape(found.name(), &[units], &model.tensor(found.name())?.1.shape).map_err(in_file)?; // C1
-            match plans.entry(found.name().into()).or_insert_with(|| (Plan::Bias(vec![]), Some(found.clone()))) {
-                (Plan::Bias(biases), _) => biases.push(bias),
-                (_, _) => return Err(in_file(twice(&tensor))),
-            }
-        }
-        for (tensor, name) in adapter.replaced() {
-            let found = model.find(tensor).map_err(in_file)?;
-            let (shape, theirs) =
-                (&model.tensor(found.name())?.1.shape, &adapter.file().info(name).expect("its own").shape);
-            check_shape(name, shape, theirs).map_err(in_file)?; // C1
-            let plan = (Plan::Replace(nth, name.clone()), Some(found.clone()));
-            if plans.insert(found.name().into(), plan).is_some() {
-                return Err(in_file(twice(tensor)));
-            }
-        }
+        add_plans(&mut plans, model, nth, adapter, zero_norm)
+            .map_err(|error| error.in_file(&adapter.directory().join(ADAPTER_FILE)))?;
     }
     Ok(plans)
 }
 
-fn twice(tensor: &str) -> Error {
-    let reason = "expected to be adapted or replaced, found both, or by two adapters".into();
-    Error::Unexpected { tensor: tensor.into(), reason }
+fn add_plans(plans: &mut Plans, model: &Model, nth: usize, adapter: &Checkpoint, zero_norm: ZeroNorm) -> Result<()> {
+    let naming = model.naming(&adapter.tensors_of_base().collect::<Vec<_>>())?;
+    let mut of_this = Plans::new();
+    for (tensor, name) in adapter.replaced() {
+        let plan = plan(&mut of_this, &naming, tensor)?;
+        let (shape, theirs) = (&model.tensor(plan.found.name())?.1.shape, adapter.file().info(name).expect("its own"));
+        check_shape(name, shape, &theirs.shape)?; // C1
+        if Dtype::of(theirs.dtype).is_some() {
+            check_finite(name, adapter.file().values(name)?.0.view())?; // C2
+        }
+        plan.replaced = Some((nth, name.clone()));
+    }
+    for name in adapter.modules() {
+        let module = Module::of_naming(adapter, model, &naming, name, zero_norm)?;
+        let units = module.adapter.lora_b.shape()[0];
+        let bias = adapter.lora_bias(name)?.map(|bias| bias * module.config.scaling);
+        let of_weight = plan(&mut of_this, &naming, &module.weight)?;
+        if let Some(other) = &of_weight.module {
+            let reason = format!("expected a weight of its own, found that of {other}");
+            return Err(Error::Unexpected { tensor: format!("{name}.weight"), reason });
+        }
+        (of_weight.module, of_weight.modules) = (Some(name.into()), vec![module]);
+        let Some(bias) = bias else { continue };
+        let of_bias = plan(&mut of_this, &naming, &format!("{name}.bias"))?;
+        check_shape(&format!("{name}.lora_B.bias"), &[units], bias.shape())?; // C1
+        check_shape(of_bias.found.name(), &[units], &model.tensor(of_bias.found.name())?.1.shape)?; // C1
+        (of_bias.module, of_bias.biases) = (Some(name.into()), vec![bias]);
+    }
+    for (tensor, theirs) in of_this {
+        let Some(ours) = plans.get_mut(&tensor) else {
+            plans.insert(tensor, theirs);
+            continue;
+        };
+        if theirs.replaced.is_some() || ours.replaced.is_some() {
+            let reason = "expected one adapter to replace it and no other to change it, found several".into();
+            return Err(Error::Unexpected { tensor, reason });
+        }
+        ours.modules.extend(theirs.modules);
+        ours.biases.extend(theirs.biases);
+    }
+    Ok(())
+}
+
+/// The plan of a tensor, which is made where there is none.
+fn plan<'p>(plans: &'p mut Plans, naming: &Naming<'_>, tensor: &str) -> Result<&'p mut Plan> {
+    let found = naming.find(tensor)?;
+    Ok(plans.entry(found.own_name().into()).or_insert_with(|| Plan::new(found)))
+}
+
+/// What is worth saying of a merge before it is made: a line each.
+///
+/// # Errors
+///
+/// As [`merge`].
+pub fn warnings(model: &Model, adapters: &[Checkpoint]) -> Result<Vec<String>> {
+    let plans = plans(model, adapters, ZeroNorm::Zero)?;
+    let naming = model.naming(&[])?;
+    let shared = plans.keys().filter(|tensor| naming.shared_with(tensor));
+    Ok(shared
+        .map(|tensor| format!("{tensor}: where the model shares it between its first and its last module, both change"))
+        .collect())
 }
 
 /// What is learned while tensors are written.
 #[derive(Default)]
 pub(super) struct Learned {
-    changed: BTreeMap<String, Changed>,
+    pub changed: BTreeMap<String, Changed>,
     /// By module.
-    norms: BTreeMap<String, Vec<f64>>,
-    /// The base's own bytes.
-    kept: BTreeMap<String, (Planned, Vec<u8>)>,
+    pub norms: BTreeMap<String, Vec<f64>>,
+}
+
+/// What tensors are made of.
+pub(super) struct Work<'a> {
+    pub model: &'a Model,
+    pub adapters: &'a [Checkpoint],
+    pub plans: &'a Plans,
+    pub options: MergeOptions,
+    pub learned: &'a Mutex<Learned>,
+    /// Where the base's own bytes are kept; `None` where they are not.
+    pub kept: Option<&'a Mutex<Kept>>,
 }
 
 /// Merges adapters into a base, each against the base itself: `W0 + sum (W'_q - W0)`. E12, E79
 ///
-/// `out` becomes a directory with the merged model and [`RECORD_FILE`](super::RECORD_FILE); `progress` hears how many bytes have been
-/// written.
+/// `out` becomes a directory with the merged model and [`RECORD_FILE`].
 ///
 /// # Errors
 ///
-/// Adapters that do not fit the base; a unit without a direction (C5); a result that the type does not hold (C2); an
-/// `out` that has something in it or cannot be written. Nothing is left of what was written then.
+/// Adapters that do not fit the base; a base that is itself a merge; a unit without a direction (C5); a result that the
+/// type does not hold (C2); an `out` that has something in it or cannot be written. Nothing is left of what was written
+/// then.
 pub fn merge(
     model: &Model,
     adapters: &[Checkpoint],
     options: MergeOptions,
     out: &Path,
-    progress: &(dyn Fn(u64) + Sync),
+    progress: &Progress<'_>,
 ) -> Result<Vec<Changed>> {
+    if let Some(record) =
+        model.directory().map(|directory| directory.join(RECORD_FILE)).filter(|record| record.exists())
+    {
+        let message =
+            "expected a base, found one that has been merged: unmerge it, or give all adapters at once".into();
+        return Err(Error::File { path: record, message });
+    }
+    let hashes = adapters.iter().map(hash_adapter).collect::<Result<Vec<_>>>()?;
+    if let Some(twice) = (1..hashes.len()).find(|&nth| hashes[..nth].contains(&hashes[nth])) {
+        let message = "expected every adapter once, found it twice".into();
+        return Err(Error::File { path: adapters[twice].directory().into(), message });
+    }
     let plans = plans(model, adapters, options.zero_norm)?;
     let staged = Staged::new(out)?;
-    let learned = Mutex::new(Learned::default());
-    let outputs = merged_outputs(model, adapters, &plans, options, &learned)?;
-    staged.copy_companions(model)?;
-    write_model(model, &outputs, &staged, progress)?;
-    drop(outputs);
-    let Learned { changed, norms, kept } = learned.into_inner().expect("no thread has failed");
-    let adapters = adapters.iter().map(hash_adapter).collect::<Result<Vec<_>>>()?;
-    let record = Record { format: FORMAT, adapters, tensors: changed.values().cloned().collect() };
-    write_record(&staged, out, &record, &norms, &kept)?;
+    let (learned, kept) = (Mutex::new(Learned::default()), Mutex::new(Kept::new(&staged)?));
+    let work =
+        Work { model, adapters, plans: &plans, options, learned: &learned, kept: options.keep_base.then_some(&kept) };
+    let separates = plans.values().any(|plan| matches!(plan.found, Found::Tied { .. }));
+    staged.copy_companions(model, separates.then_some(false))?;
+    write_model(model, &work.outputs()?, &staged, progress)?;
+    let Learned { changed, norms } = learned.into_inner().expect("no thread has failed");
+    let record = Record { format: FORMAT, adapters: hashes, tensors: changed.into_values().collect() };
+    write_record(&staged, out, &record, &norms, kept.into_inner().expect("no thread has failed"))?;
     staged.finish()?;
     Ok(record.tensors)
 }
 
 /// How many bytes a merged model has.
 pub fn merged_bytes(model: &Model, options: MergeOptions) -> u64 {
-    let stored = |shard: &super::model::Shard| -> u64 {
-        let of = |info: &safetensors::tensor::TensorInfo| planned("", info, options.dtype).bytes() as u64;
-        shard.file.tensors().values().map(|info| of(info)).sum()
-    };
-    model.shards().iter().map(stored).sum()
+    let infos = model.shards().iter().flat_map(|shard| shard.file.tensors().into_values());
+    infos.map(|info| planned("", info, options.dtype).bytes() as u64).sum()
 }
 
 /// A tensor in its own type, or floating-point ones in another.
-pub(super) fn planned(name: &str, info: &safetensors::tensor::TensorInfo, dtype: Option<Dtype>) -> Planned {
+pub(super) fn planned(name: &str, info: &TensorInfo, dtype: Option<Dtype>) -> Planned {
     let dtype = dtype.filter(|_| Dtype::of(info.dtype).is_some()).map_or(info.dtype, Into::into);
     Planned { name: name.into(), dtype, shape: info.shape.clone() }
 }
 
-pub(super) fn merged_outputs<'a>(
-    model: &'a Model,
-    adapters: &'a [Checkpoint],
-    plans: &'a BTreeMap<String, (Plan, Option<Found>)>,
-    options: MergeOptions,
-    learned: &'a Mutex<Learned>,
-) -> Result<Outputs<'a>> {
-    let mut outputs: Outputs<'a> = vec![];
-    for (nth, shard) in model.shards().iter().enumerate() {
-        let mut of_shard = vec![];
-        for name in shard.file.in_order() {
-            let planned = planned(&name, shard.file.info(&name).expect("a tensor of the file"), options.dtype);
-            let make = match plans.get(&name) {
-                None => Make::Base,
-                Some((plan, found)) => {
-                    let source = found.as_ref().map(|found| found.name().to_string());
-                    changed(model, adapters, plan, planned.clone(), source, options.keep_base, learned)
-                }
-            };
-            of_shard.push(Output { planned, make });
-        }
-        // A module that shares another's tensor gets its own.
-        for (name, (plan, found)) in plans {
-            let Some(Found::Tied(source)) = found else { continue };
-            if model.place(source) == Some(nth) {
-                let planned = planned(name, model.tensor(source)?.1, options.dtype);
-                let make = changed(model, adapters, plan, planned.clone(), Some(source.clone()), false, learned);
+impl<'a> Work<'a> {
+    /// Every tensor of every shard, in the order of the base; one that shares another's gets its own behind them.
+    pub fn outputs(&self) -> Result<Outputs<'_>> {
+        let mut outputs: Outputs<'_> = vec![];
+        for (nth, shard) in self.model.shards().iter().enumerate() {
+            let mut of_shard = vec![];
+            for name in shard.file.in_order() {
+                let info = shard.file.info(&name).expect("a tensor of the file");
+                let planned = planned(&name, info, self.options.dtype);
+                let is_rounded = planned.dtype != info.dtype && self.kept.is_some();
+                let make = match self.plans.get(&name) {
+                    Some(plan) => self.changed(plan, planned.clone()),
+                    None if is_rounded => Make::New(Box::new({
+                        let planned = planned.clone();
+                        move |sink| self.write(&Plan::new(Found::Itself(planned.name.clone())), &planned, sink)
+                    })),
+                    None => Make::Base,
+                };
                 of_shard.push(Output { planned, make });
             }
-        }
-        outputs.push(of_shard);
-    }
-    Ok(outputs)
-}
-
-/// The bytes of a changed tensor.
-fn changed<'a>(
-    model: &'a Model,
-    adapters: &'a [Checkpoint],
-    plan: &'a Plan,
-    planned: Planned,
-    source: Option<String>,
-    keep: bool,
-    learned: &'a Mutex<Learned>,
-) -> Make<'a> {
-    Make::New(Box::new(move |sink| {
-        let source = source.as_deref().unwrap_or(&planned.name);
-        let at = model.tensor(source)?;
-        let whole = 0..at.1.data_offsets.1 - at.1.data_offsets.0;
-        let (mut of_base, mut of_merged) = (Sha256::new(), Sha256::new());
-        let mut kept = Vec::new();
-        let mut keep_base = |bytes: &[u8]| {
-            of_base.update(bytes);
-            if keep {
-                kept.extend_from_slice(bytes);
+            for (name, plan) in self.plans {
+                if let Found::Tied { shared, .. } = &plan.found
+                    && self.model.place(shared) == Some(nth)
+                {
+                    let planned = planned(name, self.model.tensor(shared)?.1, self.options.dtype);
+                    of_shard.push(Output { planned: planned.clone(), make: self.changed(plan, planned) });
+                }
             }
-        };
+            outputs.push(of_shard);
+        }
+        Ok(outputs)
+    }
+
+    fn changed<'w>(&'w self, plan: &'w Plan, planned: Planned) -> Make<'w> {
+        Make::New(Box::new(move |sink| self.write(plan, &planned, sink)))
+    }
+
+    /// Writes a changed tensor, and takes down what it takes to undo it.
+    fn write(&self, plan: &Plan, planned: &Planned, sink: &mut Sink<'_>) -> Result<()> {
+        let source = plan.source(self.model, self.adapters)?;
+        let mut merged = Sha256::new();
         let mut write = |bytes: &[u8]| {
-            of_merged.update(bytes);
+            merged.update(bytes);
             sink(bytes)
         };
-        let dtype = floating_point(&planned.name, at.1).map(|dtype| Dtype::of(planned.dtype).unwrap_or(dtype));
-        let (change, kind) = match plan {
-            Plan::Weight(modules) => {
-                let dtype = dtype?;
-                let first = &modules[0];
-                let columns = first.dim().1;
-                let whole = modules.iter().any(|module| module.blocks().len() == 1);
-                let all = 0..first.dim().0;
-                let blocks = if whole { Vec::from([all]) } else { first.blocks() };
-                let mut norms = vec![];
-                let one = |rows: &Range<usize>| {
-                    let (base, bytes) = first.read(rows, source, at)?;
-                    let (mut merged, of_rows) = first.merge(rows, base.clone())?;
-                    for other in &modules[1..] {
-                        merged += &other.merge(rows, base.clone())?.0;
-                        merged -= &base; // E79
-                    }
-                    let rounded = round_rows(&planned.name, dtype, merged.view(), rows.start * columns)?;
-                    Ok((bytes, rounded, of_rows))
-                };
-                in_parallel(&blocks, one, |done: Vec<(Vec<u8>, Vec<u8>, _)>| {
-                    let of_base = || done.iter().for_each(|(bytes, ..)| keep_base(bytes));
-                    let (_, written) =
-                        rayon::join(of_base, || done.iter().try_for_each(|(_, rounded, _)| write(rounded)));
-                    norms.extend(done.into_iter().flat_map(|(.., of_rows)| of_rows.into_iter().flatten()));
-                    written
-                })?;
-                if has_norms(first) && modules.len() == 1 {
-                    learned.lock().expect("no thread has failed").norms.insert(first.name.clone(), norms);
-                }
-                (Change::Merged, Some(first.kind.name().to_string()))
-            }
-            Plan::Bias(biases) => {
-                let bytes = at.0.bytes(source, at.1, whole)?;
-                keep_base(&bytes);
-                let base = Array1::from(floating_point(source, at.1)?.decode(&bytes));
-                let sum = biases.iter().fold(base, |sum, bias| sum + bias.iter().copied().collect::<Array1<f64>>());
-                write(&round(&planned.name, dtype?, sum.as_slice().expect("one axis"), 0)?)?;
-                (Change::Bias, None)
-            }
-            Plan::Replace(adapter, name) => {
-                keep_base(&at.0.bytes(source, at.1, whole)?);
-                let file = adapters[*adapter].file();
-                let info = file.info(name).expect("a tensor of the adapter");
-                let bytes = file.bytes(name, info, 0..info.data_offsets.1 - info.data_offsets.0)?;
-                if info.dtype == planned.dtype {
-                    write(&bytes)?;
-                } else {
-                    write(&round(&planned.name, dtype?, &floating_point(name, info)?.decode(&bytes), 0)?)?;
-                }
-                (Change::Replaced, None)
-            }
+        let write_new = || match (plan.modules.as_slice(), plan.biases.as_slice()) {
+            ([], []) => self.write_values(source, planned, &mut write),
+            ([], biases) => self.write_bias(source, planned, biases, &mut write),
+            (modules, _) => self.write_weight(source, planned, modules, &mut write),
         };
-        let is_itself = source == planned.name;
+        let hash_base = || match &plan.found {
+            Found::Tied { .. } => Ok(None),
+            Found::Itself(name) => self.hash_base(name).map(Some),
+        };
+        let (norms, base) = rayon::join(write_new, hash_base);
+        let (norms, base) = (norms?, base?);
+        let mut learned = self.learned.lock().expect("no thread has failed");
+        let mut norms_sha256 = None;
+        if let (Some(module), Some(norms)) = (&plan.module, norms) {
+            norms_sha256 = Some(hexadecimal(Sha256::new_with_prefix(Dtype::F64.encode(&norms))));
+            learned.norms.insert(module.clone(), norms);
+        }
         let changed = Changed {
             tensor: planned.name.clone(),
-            change,
-            kind,
-            base: (!is_itself).then(|| source.into()),
-            base_sha256: is_itself.then(|| hexadecimal(of_base)),
-            merged_sha256: hexadecimal(of_merged),
+            change: plan.change(),
+            module: plan.module.clone(),
+            kind: plan.modules.first().map(|module| module.kind.name().into()),
+            shared_with: matches!(plan.found, Found::Tied { .. }).then(|| plan.found.name().into()),
+            base_sha256: base,
+            norms_sha256,
+            merged_sha256: hexadecimal(merged),
         };
-        let mut learned = learned.lock().expect("no thread has failed");
         learned.changed.insert(planned.name.clone(), changed);
-        if keep {
-            let planned = Planned { name: format!("{BASE}{source}"), dtype: at.1.dtype, shape: at.1.shape.clone() };
-            learned.kept.insert(source.into(), (planned, kept));
-        }
         Ok(())
-    }))
+    }
+
+    /// The hash of a tensor of the base, which is kept where asked for.
+    fn hash_base(&self, name: &str) -> Result<String> {
+        let ((file, info), mut digest) = (self.model.tensor(name)?, Sha256::new());
+        let mut keep = self.kept.map(|kept| kept.lock().expect("no thread has failed"));
+        if let Some(kept) = &mut keep {
+            kept.begin(name, info);
+        }
+        file.in_pieces(name, info, |bytes, _| {
+            digest.update(bytes);
+            keep.as_mut().map_or(Ok(()), |kept| kept.write(bytes))
+        })?;
+        Ok(hexadecimal(digest))
+    }
+
+    fn write_values(&self, source: Source<'_>, planned: &Planned, write: &mut Sink<'_>) -> Result<Option<Vec<f64>>> {
+        let Source { name, file, info } = source;
+        file.in_pieces(name, info, |bytes, first| match info.dtype == planned.dtype {
+            true => write(bytes),
+            false => {
+                let values = floating_point(name, info)?.decode(bytes);
+                write(&round(&planned.name, self.dtype(planned)?, &values, first)?)
+            }
+        })?;
+        Ok(None)
+    }
+
+    fn write_bias(
+        &self,
+        source: Source<'_>,
+        planned: &Planned,
+        biases: &[ArrayD<f64>],
+        write: &mut Sink<'_>,
+    ) -> Result<Option<Vec<f64>>> {
+        let (mut sum, _) = source.file.values(source.name)?;
+        biases.iter().for_each(|bias| sum += bias);
+        let sum = sum.as_slice().expect("standard layout");
+        write(&round(&planned.name, self.dtype(planned)?, sum, 0)?)?;
+        Ok(None)
+    }
+
+    /// Returns the norms of one adapter that has them.
+    fn write_weight(
+        &self,
+        source: Source<'_>,
+        planned: &Planned,
+        modules: &[Module],
+        write: &mut Sink<'_>,
+    ) -> Result<Option<Vec<f64>>> {
+        let (first, dtype) = (&modules[0], self.dtype(planned)?);
+        let columns = first.dim().1;
+        let read = |rows: &Range<usize>| Ok(first.read(rows, source.name, (source.file, source.info))?.0);
+        let of_columns = modules.iter().map(|module| module.column_norms(read)).collect::<Result<Vec<_>>>()?;
+        let one = |rows: &Range<usize>| {
+            let base = read(rows)?;
+            let (mut merged, norms) = first.merge(rows, base.clone(), of_columns[0].as_ref())?;
+            for (other, of_columns) in modules[1..].iter().zip(&of_columns[1..]) {
+                merged += &other.merge(rows, base.clone(), of_columns.as_ref())?.0;
+                merged -= &base; // E79
+            }
+            Ok((round_rows(&planned.name, dtype, merged.view(), rows.start * columns)?, norms))
+        };
+        let mut norms = vec![0.0; first.adapter.lora_b.shape()[0]];
+        let mut blocks = first.blocks().into_iter();
+        in_parallel(&first.blocks(), one, |done| {
+            for ((rounded, of_rows), rows) in done.iter().zip(&mut blocks) {
+                let of_rows = of_rows.as_ref().map_or(ArrayView1::from(&[]), |norms| norms.view());
+                norms[first.norms(&rows)].iter_mut().zip(of_rows).for_each(|(norm, of_rows)| *norm = *of_rows);
+                write(rounded)?;
+            }
+            Ok(())
+        })?;
+        Ok(Some(norms).filter(|_| has_norms(first) && modules.len() == 1))
+    }
+
+    /// The type that a changed tensor is rounded to.
+    fn dtype(&self, planned: &Planned) -> Result<Dtype> {
+        Dtype::of(planned.dtype).ok_or_else(|| Error::Unexpected {
+            tensor: planned.name.clone(),
+            reason: format!("expected F64, F32, BF16 or F16, found {}", planned.dtype),
+        })
+    }
 }

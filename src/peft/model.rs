@@ -1,10 +1,11 @@
 //! The weights of a base model: one safetensors file, or shards and their index.
 
+use super::record::RECORD_FILE;
 use crate::tensor_file::TensorFile;
 use crate::{Error, Result};
 use safetensors::tensor::TensorInfo;
 use serde_json::{Map, Value};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// The only file of a model that has one.
@@ -14,6 +15,9 @@ pub const INDEX_FILE: &str = "model.safetensors.index.json";
 /// Names under which a model has its input embedding and its output layer, of which a tied model stores one.
 const TIED: [&[&str]; 2] =
     [&["embed_tokens", "wte", "word_embeddings", "embed_in", "shared"], &["lm_head", "embed_out"]];
+
+/// What models are wrapped in, so that names begin otherwise in the file of the model inside.
+const WRAPPERS: &[&str] = &["model", "base_model", "transformer", "language_model", "bert", "roberta", "distilbert"];
 
 /// A model's weights, read a tensor at a time.
 pub struct Model {
@@ -39,15 +43,27 @@ pub struct Shard {
 pub enum Found {
     /// Under this name.
     Itself(String),
-    /// The model stores it once for two modules: under this name, which is the other's.
-    Tied(String),
+    /// The model stores it once for two modules, under the other's name.
+    Tied {
+        /// The name that it would have.
+        own: String,
+        /// The name that it has.
+        shared: String,
+    },
 }
 
 impl Found {
     /// The name in the base model.
     pub fn name(&self) -> &str {
         match self {
-            Self::Itself(name) | Self::Tied(name) => name,
+            Self::Itself(name) | Self::Tied { shared: name, .. } => name,
+        }
+    }
+
+    /// The name that it has once it is changed.
+    pub fn own_name(&self) -> &str {
+        match self {
+            Self::Itself(name) | Self::Tied { own: name, .. } => name,
         }
     }
 }
@@ -98,6 +114,9 @@ impl Model {
                 name.ok_or_else(|| refuse(format!("weight_map: {tensor}: expected a file's name, found {shard}")))?;
             by_shard.entry(name.into()).or_default().push(tensor);
         }
+        if by_shard.contains_key(RECORD_FILE) {
+            return Err(refuse(format!("weight_map: expected shards, found {RECORD_FILE}")));
+        }
         let (mut shards, mut places) = (vec![], BTreeMap::new());
         for (name, tensors) in by_shard {
             let shard = directory.join(&name);
@@ -109,7 +128,11 @@ impl Model {
             if let Some(missing) = tensors.iter().find(|tensor| !there.contains_key(*tensor)) {
                 return Err(refuse(format!("weight_map: {missing}: expected in {name}, found none")));
             }
-            places.extend(there.into_keys().map(|tensor| (tensor, shards.len())));
+            for tensor in there.into_keys() {
+                if places.insert(tensor.clone(), shards.len()).is_some() {
+                    return Err(refuse(format!("{tensor}: expected in one shard, found in {name} too")));
+                }
+            }
             shards.push(Shard { path: shard, file });
         }
         Ok(Self { directory: Some(directory.into()), shards, index: Some(index), places })
@@ -135,6 +158,12 @@ impl Model {
         self.places.get(tensor).copied()
     }
 
+    /// The file that a tensor is in, or the model's own place.
+    pub(super) fn path_of(&self, tensor: &str) -> &Path {
+        let shard = self.place(tensor).or((self.shards.len() == 1).then_some(0));
+        shard.map_or_else(|| self.directory.as_deref().unwrap_or(Path::new("")), |shard| &self.shards[shard].path)
+    }
+
     /// A tensor's file, type and shape.
     ///
     /// # Errors
@@ -146,41 +175,106 @@ impl Model {
         Ok((file, file.info(name).ok_or_else(missing)?))
     }
 
-    /// Where a tensor is: under its own name, under one that differs by a prefix, or under that of the module that it is
-    /// tied to.
+    /// How these tensors of an adapter are named here: as they are, or all with the same beginning put before or taken
+    /// away.
     ///
     /// # Errors
     ///
-    /// One that is nowhere, or may be in several places (C7).
-    pub fn find(&self, tensor: &str) -> Result<Found> {
-        if self.places.contains_key(tensor) {
-            return Ok(Found::Itself(tensor.into()));
-        }
-        let is_end = |of: &str, end: &str| of.strip_suffix(end).is_some_and(|start| start.ends_with('.'));
-        let prefixed: Vec<&String> =
-            self.places.keys().filter(|name| is_end(name, tensor) || is_end(tensor, name)).collect();
-        match prefixed.as_slice() {
-            [one] => return Ok(Found::Itself((*one).clone())),
-            [] => {}
-            [one, other, ..] => {
-                let expected = format!("one tensor of the base model, found several that may be meant: {one}, {other}");
-                return Err(Error::Unexpected { tensor: tensor.into(), reason: format!("expected {expected}") });
-            }
-        }
-        let module = |name: &str| -> Option<String> { Some(name.strip_suffix(".weight")?.rsplit('.').next()?.into()) };
-        let among = |names: &[&str], name: &str| module(name).is_some_and(|module| names.contains(&module.as_str()));
-        let [inputs, outputs] = TIED;
-        let others = if among(inputs, tensor) { outputs } else { inputs };
-        let tied: Vec<&String> = match among(inputs, tensor) || among(outputs, tensor) {
-            true => self.places.keys().filter(|name| among(others, name)).collect(),
-            false => vec![],
-        };
-        match tied.as_slice() {
-            [one] => Ok(Found::Tied((*one).clone())),
+    /// Tensors that are not all there under any such naming, or under several (C7).
+    pub fn naming(&self, tensors: &[String]) -> Result<Naming<'_>> {
+        let plain = Naming { model: self, prefix: Prefix::None };
+        let Some(missing) = tensors.iter().find(|tensor| plain.find(tensor).is_err()) else { return Ok(plain) };
+        let longer = self.places.keys().filter_map(|name| Some(Prefix::Before(beginning(name, missing)?.into())));
+        let shorter = self.places.keys().filter_map(|name| Some(Prefix::Away(beginning(missing, name)?.into())));
+        // One module alone proves nothing unless its wrapper is a known one.
+        let modules: BTreeSet<&str> = tensors.iter().filter_map(|tensor| Some(tensor.rsplit_once('.')?.0)).collect();
+        let proves = |prefix: &Prefix| modules.len() > 1 || prefix.is_known();
+        let fits = |naming: &Naming<'_>| tensors.iter().all(|tensor| naming.find(tensor).is_ok());
+        let namings = longer.chain(shorter).filter(proves).map(|prefix| Naming { model: self, prefix }).filter(fits);
+        let mut namings: Vec<Naming<'_>> = namings.collect();
+        namings.dedup_by(|one, other| one.prefix == other.prefix);
+        match namings.len() {
+            0 => Err(plain.find(missing).expect_err("a tensor that is missing")),
+            1 => Ok(namings.remove(0)),
             _ => {
-                let expected = "a tensor of the base model".into();
-                Err(Error::Missing { tensor: tensor.into(), expected }) // C7
+                let names: Vec<_> = namings.iter().filter_map(|naming| naming.find(missing).ok()).collect();
+                let names: Vec<_> = names.iter().map(Found::name).collect();
+                let reason = format!(
+                    "expected one tensor of the base model, found several that may be meant: {}",
+                    names.join(", ")
+                );
+                Err(Error::Unexpected { tensor: missing.clone(), reason })
             }
         }
     }
+}
+
+/// What stands before an end, with the dot between them.
+fn beginning<'n>(name: &'n str, end: &str) -> Option<&'n str> {
+    name.strip_suffix(end).filter(|start| start.ends_with('.'))
+}
+
+/// How an adapter's names become a model's.
+pub struct Naming<'m> {
+    model: &'m Model,
+    prefix: Prefix,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Prefix {
+    None,
+    /// The model has this before every name.
+    Before(String),
+    /// The model has every name without this.
+    Away(String),
+}
+
+impl Prefix {
+    /// Whether this is what models are wrapped in, and no module that happens to end alike.
+    fn is_known(&self) -> bool {
+        let (Self::Before(prefix) | Self::Away(prefix)) = self else { return true };
+        prefix.trim_end_matches('.').split('.').all(|part| WRAPPERS.contains(&part))
+    }
+}
+
+impl Naming<'_> {
+    /// Where a tensor is: under its name, or under that of the module that it is tied to.
+    ///
+    /// # Errors
+    ///
+    /// One that is not there (C7).
+    pub fn find(&self, tensor: &str) -> Result<Found> {
+        let missing = || Error::Missing { tensor: tensor.into(), expected: "a tensor of the base model".into() }; // C7
+        let name = match &self.prefix {
+            Prefix::None => tensor.to_string(),
+            Prefix::Before(prefix) => format!("{prefix}{tensor}"),
+            Prefix::Away(prefix) => tensor.strip_prefix(prefix).ok_or_else(missing)?.to_string(),
+        };
+        let places = &self.model.places;
+        if places.contains_key(&name) {
+            return Ok(Found::Itself(name));
+        }
+        let [inputs, outputs] = TIED;
+        let others = if is_among(inputs, &name) { outputs } else { inputs };
+        let may_be_tied = is_among(inputs, &name) || is_among(outputs, &name);
+        let tied: Vec<&String> = places.keys().filter(|other| may_be_tied && is_among(others, other)).collect();
+        match tied.as_slice() {
+            [one] => Ok(Found::Tied { own: name, shared: (*one).clone() }),
+            _ => Err(missing()),
+        }
+    }
+
+    /// The modules that share a tensor with this one where the model stores it once: it changes with it.
+    pub fn shared_with(&self, name: &str) -> bool {
+        let [inputs, outputs] = TIED;
+        let others = if is_among(inputs, name) { outputs } else { inputs };
+        let may_be_tied = is_among(inputs, name) || is_among(outputs, name);
+        may_be_tied && !self.model.places.keys().any(|other| is_among(others, other))
+    }
+}
+
+/// Whether a weight is that of a module of one of these names.
+fn is_among(names: &[&str], weight: &str) -> bool {
+    let module = weight.strip_suffix(".weight").and_then(|module| module.rsplit('.').next());
+    module.is_some_and(|module| names.contains(&module))
 }

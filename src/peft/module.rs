@@ -1,9 +1,8 @@
 //! One adapted weight of a base model, as a matrix: which layer it is of, and what merging makes of some of its rows.
 
 use super::checkpoint::Checkpoint;
-use super::model::{Found, Model};
-use crate::error::check_finite;
-use crate::operators::Linear;
+use super::model::{Found, Model, Naming};
+use crate::operators::{Embedding, Linear, Operator};
 use crate::tensor_file::{TensorFile, floating_point};
 use crate::wora::{Adapter, Base, Config, Layer, Merged, Method, SCALE_NAMES, ZeroNorm};
 use crate::{Error, Result};
@@ -81,51 +80,42 @@ impl Module {
     ///
     /// A weight that the base does not have (C7), shapes that do not fit it (C1), numbers that are not finite (C2).
     pub fn new(checkpoint: &Checkpoint, model: &Model, name: &str, zero_norm: ZeroNorm) -> Result<Self> {
+        let naming = model.naming(&checkpoint.tensors_of_base().collect::<Vec<_>>())?;
+        Self::of_naming(checkpoint, model, &naming, name, zero_norm)
+    }
+
+    /// The same where the naming is known.
+    pub(super) fn of_naming(
+        checkpoint: &Checkpoint,
+        model: &Model,
+        naming: &Naming<'_>,
+        name: &str,
+        zero_norm: ZeroNorm,
+    ) -> Result<Self> {
         let weight = format!("{name}.weight");
-        let found = model.find(&weight)?;
+        let found = naming.find(&weight)?;
         let (_, info) = model.tensor(found.name())?;
-        floating_point(found.name(), info)?;
+        floating_point(found.name(), info).map_err(|error| error.in_file(model.path_of(found.name())))?;
         let Adapter { lora_a, lora_b, magnitude, alpha, beta } = checkpoint.adapter(name)?;
-        let named = |role: &str| checkpoint.tensor_name(name, role);
-        let names =
-            if checkpoint.is_embedding(name) { ["lora_embedding_A", "lora_embedding_B"] } else { ["lora_A", "lora_B"] };
-        let kind = kind(checkpoint, name, &info.shape, &lora_a, &lora_b)?;
-        let rows = info.shape[0];
-        let columns: usize = info.shape[1..].iter().product();
+        let [name_a, name_b] = lora_names(checkpoint.is_embedding(name));
+        let kind = kind(checkpoint, model, naming, name, &info.shape, [lora_a.shape(), lora_b.shape()])?;
+        let (rows, columns) = (info.shape[0], info.shape[1..].iter().product());
         let (units, fan_in) = if kind.units_are_columns() { (columns, rows) } else { (rows, columns) };
         let rank = lora_a.len_of(Axis(0));
-        let matrix = |role: &str, values: ArrayD<f64>, shape: [usize; 2]| -> Result<ArrayD<f64>> {
-            check_finite(&named(role), values.view())?; // C2
+        let shaped = |role: &str, values: ArrayD<f64>, shape: &[usize]| -> Result<ArrayD<f64>> {
             let found = values.shape().to_vec();
-            values.into_shape_with_order(IxDyn(&shape)).map_err(|_| Error::Shape {
-                tensor: named(role),
-                expected: format!("as many as {shape:?}, as the weight is {:?}", info.shape),
+            values.into_shape_with_order(IxDyn(shape)).map_err(|_| Error::Shape {
+                tensor: checkpoint.tensor_name(name, role),
+                expected: format!("as many numbers as {shape:?} has, as the weight is {:?}", info.shape),
                 found,
             }) // C1
         };
-        let [of_magnitude, of_alpha, of_beta] = SCALE_NAMES;
-        let scalar = |role: &'static str, values: Option<ArrayD<f64>>| -> Result<Option<ArrayD<f64>>> {
-            let Some(values) = values else { return Ok(None) };
-            check_finite(&named(role), values.view())?; // C2
-            let found = values.shape().to_vec();
-            let one = values.into_shape_with_order(IxDyn(&[]));
-            Ok(Some(one.map_err(|_| Error::Shape { tensor: named(role), expected: "[]".into(), found })?)) // C1
-        };
-        let magnitude = magnitude.map(|values| {
-            check_finite(&named(of_magnitude), values.view())?; // C2
-            let found = values.shape().to_vec();
-            values.into_shape_with_order(IxDyn(&[units])).map_err(|_| Error::Shape {
-                tensor: named(of_magnitude),
-                expected: format!("one an output unit, of which there are {units}"),
-                found,
-            }) // C1
-        });
         let adapter = Adapter {
-            lora_a: matrix(names[0], lora_a, [rank, fan_in])?,
-            lora_b: matrix(names[1], lora_b, [units, rank])?,
-            magnitude: magnitude.transpose()?,
-            alpha: scalar(of_alpha, alpha)?,
-            beta: scalar(of_beta, beta)?,
+            lora_a: shaped(name_a, lora_a, &[rank, fan_in])?,
+            lora_b: shaped(name_b, lora_b, &[units, rank])?,
+            magnitude: magnitude.map(|values| shaped(SCALE_NAMES[0], values, &[units])).transpose()?,
+            alpha,
+            beta,
         };
         let config =
             Config { zero_norm, ..Config::new(checkpoint.config().method(), checkpoint.config().scaling(name)?) };
@@ -137,14 +127,15 @@ impl Module {
         (self.shape[0], self.shape[1..].iter().product())
     }
 
-    /// Rows that can be merged apart from the others: of a weight whose units are its columns, all.
+    /// Rows that are worked on at a time.
     pub fn blocks(&self) -> Vec<Range<usize>> {
         let (rows, columns) = self.dim();
-        let most = if self.kind.units_are_columns() { rows } else { (BLOCK / columns.max(1)).max(1) };
-        (0..rows).step_by(most.max(1)).map(|start| start..rows.min(start + most)).collect()
+        let most = (BLOCK / columns.max(1)).max(1);
+        (0..rows).step_by(most).map(|start| start..rows.min(start + most)).collect()
     }
 
-    /// The layer whose weight some rows are: `[rows, columns]`, as stored.
+    /// The layer whose weight some rows are: `[rows, columns]`, as stored. Where units are columns it has a part of their
+    /// weights, and elsewhere some of the units.
     ///
     /// # Errors
     ///
@@ -153,15 +144,15 @@ impl Module {
         let fan_in_fan_out = self.kind.units_are_columns();
         let (count, columns) = weight.dim();
         let (in_features, out_features) = if fan_in_fan_out { (count, columns) } else { (columns, count) };
-        let some = |values: &ArrayD<f64>| match fan_in_fan_out {
-            true => values.clone(),
-            false => values.slice_axis(Axis(0), Slice::from(rows.clone())).to_owned(),
+        let part = |values: &ArrayD<f64>, axis: usize, of_rows: bool| match of_rows {
+            true => values.slice_axis(Axis(axis), Slice::from(rows.clone())).to_owned(),
+            false => values.clone(),
         };
         let Adapter { lora_a, lora_b, magnitude, alpha, beta } = &self.adapter;
         let adapter = Adapter {
-            lora_a: lora_a.clone(),
-            lora_b: some(lora_b),
-            magnitude: magnitude.as_ref().map(some),
+            lora_a: part(lora_a, 1, fan_in_fan_out),
+            lora_b: part(lora_b, 0, !fan_in_fan_out),
+            magnitude: magnitude.as_ref().map(|magnitude| part(magnitude, 0, !fan_in_fan_out)),
             alpha: alpha.clone(),
             beta: beta.clone(),
         };
@@ -170,13 +161,44 @@ impl Module {
         Layer::new(operator, self.config, base, adapter).map_err(|error| self.at(rows, error))
     }
 
-    /// W' of some rows of W0, and their norms.
+    /// `||V||` of all units, where they are columns, which no block of rows knows alone; `None` elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// What `read` says, which gives the rows of W0; a weight that is not finite (C2).
+    pub fn column_norms(
+        &self,
+        read: impl Fn(&Range<usize>) -> Result<ArcArray<f64, Ix2>> + Sync,
+    ) -> Result<Option<Array1<f64>>> {
+        if !self.kind.units_are_columns() {
+            return Ok(None);
+        }
+        let mut squares = Array1::zeros(self.dim().1);
+        let one = |rows: &Range<usize>| Ok(self.layer(rows, read(rows)?)?.squared_weighted_norms());
+        in_parallel(&self.blocks(), one, |some| {
+            some.iter().for_each(|of_rows| squares += of_rows);
+            Ok(())
+        })?;
+        Ok(Some(squares.mapv_into(f64::sqrt)))
+    }
+
+    /// W' of some rows of W0, and the norms that were divided by. `column_norms` are those of [`Module::column_norms`].
     ///
     /// # Errors
     ///
     /// A unit without a direction (C5), unless the settings allow it; a weight that is not finite (C2).
-    pub fn merge(&self, rows: &Range<usize>, weight: ArcArray<f64, Ix2>) -> Result<(Array2<f64>, Option<Array1<f64>>)> {
-        let Merged { weight, weight_norm } = self.layer(rows, weight)?.merge().map_err(|error| self.at(rows, error))?;
+    pub fn merge(
+        &self,
+        rows: &Range<usize>,
+        weight: ArcArray<f64, Ix2>,
+        column_norms: Option<&Array1<f64>>,
+    ) -> Result<(Array2<f64>, Option<Array1<f64>>)> {
+        let layer = self.layer(rows, weight)?;
+        let merged = match column_norms {
+            Some(norms) => layer.merge_at_norm(norms.clone()),
+            None => layer.merge(),
+        };
+        let Merged { weight, weight_norm } = merged.map_err(|error| self.at(rows, error))?;
         Ok((weight.into_dimensionality().expect("a matrix"), weight_norm))
     }
 
@@ -237,60 +259,96 @@ impl Module {
     }
 }
 
-/// Which layer a weight of this shape is, with this A and B. C1
-fn kind(checkpoint: &Checkpoint, name: &str, weight: &[usize], a: &ArrayD<f64>, b: &ArrayD<f64>) -> Result<Kind> {
+/// What A and B are called.
+fn lora_names(embedding: bool) -> [&'static str; 2] {
+    if embedding { Embedding::LORA_NAMES } else { Linear::LORA_NAMES }
+}
+
+/// Which layer a weight of this shape is, with an A and a B of these. C1
+fn kind(
+    checkpoint: &Checkpoint,
+    model: &Model,
+    naming: &Naming<'_>,
+    name: &str,
+    weight: &[usize],
+    [a, b]: [&[usize]; 2],
+) -> Result<Kind> {
+    let [name_a, name_b] = lora_names(checkpoint.is_embedding(name));
     let refuse = |role: &str, expected: String, found: &[usize]| {
         let expected = format!("{expected}, as {name}.weight is {weight:?}");
         Err(Error::Shape { tensor: checkpoint.tensor_name(name, role), expected, found: found.to_vec() })
     };
     if weight.contains(&0) {
-        let expected = "no length to be 0".into();
-        return Err(Error::Shape { tensor: format!("{name}.weight"), expected, found: weight.to_vec() });
+        let (tensor, expected) = (format!("{name}.weight"), "with no length of 0".into());
+        return Err(Error::Shape { tensor, expected, found: weight.to_vec() });
     }
-    let rank = a.shape()[0];
-    let fits = |a_shape: &[usize], b_shape: &[usize]| a.shape() == a_shape && b.shape() == b_shape;
+    let rank = a[0];
     if checkpoint.is_embedding(name) {
         let &[ids, features] = weight else {
-            return refuse("lora_embedding_A", "one of a weight with two axes".into(), a.shape());
+            return refuse(name_a, "of a weight with two axes".into(), a);
         };
-        return match fits(&[rank, ids], &[features, rank]) {
-            true => Ok(Kind::Embedding),
-            false if a.shape() == [rank, ids] => refuse("lora_embedding_B", format!("[{features}, {rank}]"), b.shape()),
-            false => refuse("lora_embedding_A", format!("[{rank}, {ids}]"), a.shape()),
+        return match (a == [rank, ids], b == [features, rank]) {
+            (true, true) => Ok(Kind::Embedding),
+            (true, false) => refuse(name_b, format!("[{features}, {rank}]"), b),
+            (false, _) => refuse(name_a, format!("[{rank}, {ids}]"), a),
         };
     }
     if let &[first, second] = weight {
-        let (plain, turned) = (fits(&[rank, second], &[first, rank]), fits(&[rank, first], &[second, rank]));
-        return match (plain, turned) {
-            (true, true) if checkpoint.config().fan_in_fan_out() => Ok(Kind::LinearFanInFanOut),
-            (true, _) => Ok(Kind::Linear),
-            (false, true) => Ok(Kind::LinearFanInFanOut),
-            _ if a.shape() == [rank, second] => refuse("lora_B", format!("[{first}, {rank}]"), b.shape()),
-            _ => refuse("lora_A", format!("[{rank}, {second}]"), a.shape()),
+        return match orientation([first, second], [a, b]) {
+            [true, true] => Ok(square_kind(checkpoint, model, naming, name)),
+            [true, false] => Ok(Kind::Linear),
+            [false, true] => Ok(Kind::LinearFanInFanOut),
+            [false, false] if a == [rank, second] => refuse(name_b, format!("[{first}, {rank}]"), b),
+            [false, false] => refuse(name_a, format!("[{rank}, {second}]"), a),
         };
     }
     let kind = match weight.len() {
         3 => Kind::Conv1d,
         4 => Kind::Conv2d,
         5 => Kind::Conv3d,
-        _ => return refuse("lora_A", "one of a weight with 2 to 5 axes".into(), a.shape()),
+        _ => return refuse(name_a, "of a weight with 2 to 5 axes".into(), a),
     };
     let of_a: Vec<usize> = [rank].iter().chain(&weight[1..]).copied().collect();
     let of_b: Vec<usize> = [weight[0], rank].into_iter().chain(weight[2..].iter().map(|_| 1)).collect();
-    if a.shape() != of_a {
-        let grouped =
-            a.ndim() == weight.len() && a.shape()[2..] == weight[2..] && a.shape()[1].is_multiple_of(weight[1]);
+    if a != of_a {
+        let grouped = a.len() == weight.len() && a[2..] == weight[2..] && a[1].is_multiple_of(weight[1]);
         let why = if grouped {
-            "a grouped convolution in PEFT's layout, whose A sees every input channel, has no B A to merge: "
+            " (a grouped convolution in PEFT's layout, whose A sees every input channel: its B A is no change of the weight)"
         } else {
             ""
         };
-        return refuse("lora_A", format!("{why}{of_a:?}"), a.shape());
+        return refuse(name_a, format!("{of_a:?}{why}"), a);
     }
-    if b.shape() != of_b {
-        return refuse("lora_B", format!("{of_b:?}"), b.shape());
+    if b != of_b {
+        return refuse(name_b, format!("{of_b:?}"), b);
     }
     Ok(kind)
+}
+
+/// Whether A and B fit a weight with two axes as `[out, in]`, and as `[in, out]`.
+fn orientation([first, second]: [usize; 2], [a, b]: [&[usize]; 2]) -> [bool; 2] {
+    let rank = a[0];
+    [a == [rank, second] && b == [first, rank], a == [rank, first] && b == [second, rank]]
+}
+
+/// How a square weight is stored: as those that its namesakes in other layers or all others that are not square, and
+/// where they do not agree as the configuration says.
+fn square_kind(checkpoint: &Checkpoint, model: &Model, naming: &Naming<'_>, name: &str) -> Kind {
+    let last = |module: &str| module.rsplit('.').next().map(str::to_string);
+    let told = |module: &str| -> Option<bool> {
+        let found = naming.find(&format!("{module}.weight")).ok()?;
+        let &[first, second] = model.tensor(found.name()).ok()?.1.shape.as_slice() else { return None };
+        match orientation([first, second], checkpoint.lora_shapes(module)?) {
+            [true, false] => Some(false),
+            [false, true] => Some(true),
+            _ => None,
+        }
+    };
+    let others = || checkpoint.modules().filter(|module| !checkpoint.is_embedding(module));
+    let agreed = |told: Vec<bool>| told.first().copied().filter(|first| told.iter().all(|one| one == first));
+    let namesakes = agreed(others().filter(|module| last(module) == last(name)).filter_map(told).collect());
+    let turned = namesakes.or_else(|| agreed(others().filter_map(told).collect()));
+    if turned.unwrap_or_else(|| checkpoint.config().fan_in_fan_out()) { Kind::LinearFanInFanOut } else { Kind::Linear }
 }
 
 /// Something for every block, some of them at a time, handed on in order.

@@ -2,15 +2,18 @@
 
 use super::checkpoint::{ADAPTER_FILE, Checkpoint};
 use super::config::CONFIG_FILE;
+use super::merge::planned;
 use super::rewrite::Staged;
 use crate::dtype::Dtype;
 use crate::tensor_file::TensorFile;
 use crate::tensor_writer::{Planned, TensorWriter};
 use crate::{Error, Result};
+use safetensors::tensor::TensorInfo;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use std::io::Read;
+use std::fs::File;
+use std::io::{Read, Seek, Write};
 use std::path::Path;
 
 /// What it takes to undo a merge, beside the merged model.
@@ -18,10 +21,12 @@ pub const RECORD_FILE: &str = "wora_merge.safetensors";
 const RECORD_KEY: &str = "wora_merge";
 /// The newest record that is understood.
 pub(super) const FORMAT: u64 = 1;
-/// In front of the bytes of the base's own tensors in the record.
+/// In front of the names of the base's own tensors in the record.
 pub(super) const BASE: &str = "base.";
 /// After a module's name, of its norms.
 pub(super) const NORM: &str = ".weight_norm";
+/// So many bytes are copied in one piece.
+const PIECE: usize = 1 << 20;
 
 /// What became of a tensor.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,12 +35,16 @@ pub struct Changed {
     pub tensor: String,
     /// What was done to it.
     pub change: Change,
+    /// The adapter's module that it is of; of `None` nothing is adapted.
+    pub module: Option<String>,
     /// Which layer it is of, where it is an adapted weight.
     pub kind: Option<String>,
-    /// Where the base has it, if under another name.
-    pub base: Option<String>,
+    /// The base's tensor that it shared with another module, and does not any more.
+    pub shared_with: Option<String>,
     /// The SHA-256 of its bytes in the base; `None` where the base has no such tensor.
     pub base_sha256: Option<String>,
+    /// The SHA-256 of its norms in the record; `None` where there are none.
+    pub norms_sha256: Option<String>,
     /// The SHA-256 of its bytes in the merged model.
     pub merged_sha256: String,
 }
@@ -50,6 +59,8 @@ pub enum Change {
     Bias,
     /// The adapter has a tensor in its place.
     Replaced,
+    /// Nothing but that it is stored in another type.
+    Rounded,
 }
 
 /// What `wora_merge.safetensors` says beside its tensors.
@@ -66,13 +77,22 @@ pub(super) fn hexadecimal(digest: Sha256) -> String {
 }
 
 fn hash_file(path: &Path) -> Result<String> {
-    let failed = |error: std::io::Error| Error::io(path, &error);
-    let (mut file, mut digest) = (std::fs::File::open(path).map_err(failed)?, Sha256::new());
-    let mut buffer = vec![0; 1 << 20];
+    let mut digest = Sha256::new();
+    let mut file = File::open(path).map_err(|error| Error::io(path, &error))?;
+    in_pieces(&mut file, path, |bytes| {
+        digest.update(bytes);
+        Ok(())
+    })?;
+    Ok(hexadecimal(digest))
+}
+
+/// Everything that there is to be read, piece by piece.
+fn in_pieces(from: &mut impl Read, path: &Path, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    let mut buffer = vec![0; PIECE];
     loop {
-        match file.read(&mut buffer).map_err(failed)? {
-            0 => return Ok(hexadecimal(digest)),
-            count => digest.update(&buffer[..count]),
+        match from.read(&mut buffer).map_err(|error| Error::io(path, &error))? {
+            0 => return Ok(()),
+            count => each(&buffer[..count])?,
         }
     }
 }
@@ -82,10 +102,61 @@ pub(super) fn hash_adapter(adapter: &Checkpoint) -> Result<[String; 2]> {
     Ok([weights?, config?])
 }
 
-/// Whether the base's own bytes of everything that was changed are there.
-pub(super) fn is_kept(file: &TensorFile<'_>, record: &Record) -> bool {
-    let own = record.tensors.iter().filter(|changed| changed.base_sha256.is_some());
-    own.into_iter().all(|changed| file.info(&format!("{BASE}{}", changed.tensor)).is_some())
+/// The base's own tensors on their way to the record, whose header says more than is known before they are all there.
+pub(super) struct Kept {
+    file: File,
+    tensors: Vec<Planned>,
+    out: std::path::PathBuf,
+}
+
+impl Kept {
+    /// # Errors
+    ///
+    /// A file that cannot be made.
+    pub fn new(staged: &Staged) -> Result<Self> {
+        let out = staged.out().join(RECORD_FILE);
+        let file = staged.scratch().map_err(|error| Error::io(&out, &error))?;
+        Ok(Self { file, tensors: vec![], out })
+    }
+
+    /// The bytes that follow are a tensor's.
+    pub fn begin(&mut self, name: &str, info: &TensorInfo) {
+        self.tensors.push(planned(&format!("{BASE}{name}"), info, None));
+    }
+
+    /// # Errors
+    ///
+    /// What cannot be written.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(|error| Error::io(&self.out, &error))
+    }
+}
+
+pub(super) fn write_record(
+    staged: &Staged,
+    out: &Path,
+    record: &Record,
+    norms: &BTreeMap<String, Vec<f64>>,
+    mut kept: Kept,
+) -> Result<()> {
+    let path = out.join(RECORD_FILE);
+    let failed = |error: std::io::Error| Error::io(&path, &error);
+    let planned = norms.iter().map(|(module, norms)| Planned {
+        name: format!("{module}{NORM}"),
+        dtype: safetensors::Dtype::F64,
+        shape: vec![norms.len()],
+    });
+    let planned: Vec<_> = planned.chain(kept.tensors).collect();
+    let metadata = BTreeMap::from([(RECORD_KEY.to_string(), serde_json::to_string(record).expect("plain data"))]);
+    kept.file.rewind().map_err(failed)?;
+    staged.write(RECORD_FILE, |file| {
+        let mut writer = TensorWriter::new(file, &planned, &metadata).map_err(failed)?;
+        for norms in norms.values() {
+            writer.write(&Dtype::F64.encode(norms)).map_err(failed)?;
+        }
+        in_pieces(&mut kept.file, &path, |bytes| writer.write(bytes).map_err(failed))?;
+        writer.finish().map(drop).map_err(failed)
+    })
 }
 
 pub(super) fn read_record(file: &TensorFile<'_>) -> Result<Record> {
@@ -98,27 +169,4 @@ pub(super) fn read_record(file: &TensorFile<'_>) -> Result<Record> {
         return Err(field(format!("a format up to {FORMAT}"), format!("format {}", record.format)));
     }
     Ok(record)
-}
-
-pub(super) fn write_record(
-    staged: &Staged,
-    out: &Path,
-    record: &Record,
-    norms: &BTreeMap<String, Vec<f64>>,
-    kept: &BTreeMap<String, (Planned, Vec<u8>)>,
-) -> Result<()> {
-    let path = out.join(RECORD_FILE);
-    let failed = |error: std::io::Error| Error::io(&path, &error);
-    let of_norms = norms.iter().map(|(module, norms)| {
-        let planned =
-            Planned { name: format!("{module}{NORM}"), dtype: safetensors::Dtype::F64, shape: vec![norms.len()] };
-        (planned, Dtype::F64.encode(norms))
-    });
-    let (planned, bytes): (Vec<_>, Vec<_>) = of_norms.chain(kept.values().cloned()).unzip();
-    let metadata = BTreeMap::from([(RECORD_KEY.to_string(), serde_json::to_string(record).expect("plain data"))]);
-    staged.write(RECORD_FILE, |file| {
-        let mut writer = TensorWriter::new(file, &planned, &metadata).map_err(failed)?;
-        bytes.iter().try_for_each(|bytes| writer.write(bytes)).map_err(failed)?;
-        writer.finish().map(drop).map_err(failed)
-    })
 }

@@ -1,29 +1,30 @@
 //! A changed copy of a model, written to the side a tensor at a time and put in its place when it is whole.
 
-use super::model::{INDEX_FILE, MODEL_FILE, Model};
+use super::merge::Progress;
+use super::model::{INDEX_FILE, MODEL_FILE, Model, Shard};
 use crate::dtype::Dtype;
 use crate::simd::{all_finite, magnitudes};
 use crate::tensor_file::floating_point;
 use crate::tensor_writer::{Planned, TensorWriter};
 use crate::{Error, Result};
 use ndarray::ArrayView2;
-use serde_json::json;
+use rayon::prelude::*;
+use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
-use std::thread::JoinHandle;
 use tempfile::TempDir;
 
-/// So many bytes are copied in one piece.
-const PIECE: usize = 1 << 22;
+/// A model's configuration, and its field that has the output layer share the input embedding's weight.
+const CONFIG_FILE: &str = "config.json";
+const TIE: &str = "tie_word_embeddings";
 
 /// What takes bytes on their way to a file.
 pub(super) type Sink<'s> = dyn FnMut(&[u8]) -> Result<()> + Send + 's;
 
 /// What hands the bytes of a tensor on, piece by piece.
-pub(super) type Writes<'a> = dyn Fn(&mut Sink<'_>) -> Result<()> + 'a;
+pub(super) type Writes<'a> = dyn Fn(&mut Sink<'_>) -> Result<()> + Sync + 'a;
 
 /// A tensor of the copy.
 pub(super) struct Output<'a> {
@@ -46,8 +47,6 @@ pub(super) type Outputs<'a> = Vec<Vec<Output<'a>>>;
 pub(super) struct Staged {
     aside: TempDir,
     out: PathBuf,
-    /// Files that are on their way to the disk while others are written.
-    syncing: Mutex<Vec<JoinHandle<Result<()>>>>,
 }
 
 impl Staged {
@@ -56,26 +55,37 @@ impl Staged {
     /// A directory that has something in it already, or that cannot be made.
     pub fn new(out: &Path) -> Result<Self> {
         let failed = |error: std::io::Error| Error::io(out, &error);
+        let refuse = |found: &dyn std::fmt::Display| {
+            let message = format!("expected a directory that is empty or not there, found {found}");
+            Error::File { path: out.into(), message }
+        };
         if let Ok(mut entries) = std::fs::read_dir(out) {
             if let Some(entry) = entries.next() {
-                let found = entry.map_err(failed)?.file_name();
-                let message = format!("expected a directory that is empty or not there, found {}", found.display());
-                return Err(Error::File { path: out.into(), message });
+                return Err(refuse(&entry.map_err(failed)?.file_name().display()));
             }
         } else if out.symlink_metadata().is_ok() {
-            let message = "expected a directory that is empty or not there, found a file".into();
-            return Err(Error::File { path: out.into(), message });
+            return Err(refuse(&"a file"));
         }
-        let parent = match out.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        std::fs::create_dir_all(parent).map_err(failed)?;
+        // The directory itself where it is reached by a link, and in full where it is this one.
+        let out = std::fs::canonicalize(out).or_else(|_| std::path::absolute(out)).map_err(failed)?;
+        // Aside is where there is something already, so that nothing else is made before all is well.
+        let there = out.ancestors().skip(1).find(|ancestor| ancestor.is_dir()).unwrap_or(Path::new("."));
         let mut builder = tempfile::Builder::new();
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-        let aside = builder.prefix(".wora-").tempdir_in(parent).map_err(failed)?;
-        Ok(Self { aside, out: out.into(), syncing: Mutex::default() })
+        let aside =
+            builder.prefix(".wora-").tempdir_in(there).map_err(|error| Error::io(there, &error.kind().into()))?;
+        Ok(Self { aside, out })
+    }
+
+    /// What the directory is going to be called.
+    pub fn out(&self) -> &Path {
+        &self.out
+    }
+
+    /// A file without a name, gone when it is closed.
+    pub fn scratch(&self) -> std::io::Result<File> {
+        tempfile::tempfile_in(self.aside.path())
     }
 
     /// Writes a file.
@@ -88,18 +98,16 @@ impl Staged {
         let failed = |error: std::io::Error| Error::io(&path, &error);
         let mut file = BufWriter::new(File::create(self.aside.path().join(name)).map_err(failed)?);
         write(&mut file)?;
-        let file = file.into_inner().map_err(|error| failed(error.into_error()))?;
-        let sync = std::thread::spawn(move || file.sync_all().map_err(|error| Error::io(&path, &error)));
-        self.syncing.lock().unwrap_or_else(PoisonError::into_inner).push(sync);
-        Ok(())
+        file.flush().map_err(failed)
     }
 
-    /// Copies what a model's directory has beside its weights: configurations and tokenizers.
+    /// Copies what a model's directory has beside its weights: configurations and tokenizers. `tied` is what the model's
+    /// configuration is to say of its embeddings, where it says otherwise.
     ///
     /// # Errors
     ///
     /// What cannot be read or written.
-    pub fn copy_companions(&self, model: &Model) -> Result<()> {
+    pub fn copy_companions(&self, model: &Model, tied: Option<bool>) -> Result<()> {
         let Some(directory) = model.directory() else { return Ok(()) };
         let failed = |error: std::io::Error| Error::io(directory, &error);
         for entry in std::fs::read_dir(directory).map_err(failed)? {
@@ -110,8 +118,22 @@ impl Staged {
             if companion && path.is_file() && name != INDEX_FILE {
                 std::fs::copy(&path, self.aside.path().join(&name)).map_err(failed)?;
             }
+            if let (Some(tied), CONFIG_FILE) = (tied, name.as_str()) {
+                self.say_tied(&path, tied)?;
+            }
         }
         Ok(())
+    }
+
+    fn say_tied(&self, path: &Path, tied: bool) -> Result<()> {
+        let failed = |error: std::io::Error| Error::io(path, &error);
+        let text = std::fs::read_to_string(path).map_err(failed)?;
+        let Ok(mut config) = serde_json::from_str::<Map<String, Value>>(&text) else { return Ok(()) };
+        if config.insert(TIE.into(), tied.into()) == Some(tied.into()) {
+            return Ok(());
+        }
+        let text = serde_json::to_string_pretty(&config).expect("plain data") + "\n";
+        std::fs::write(self.aside.path().join(CONFIG_FILE), text).map_err(failed)
     }
 
     /// Puts the directory in its place.
@@ -121,8 +143,8 @@ impl Staged {
     /// A name that has been taken meanwhile.
     pub fn finish(self) -> Result<()> {
         let failed = |error: std::io::Error| Error::io(&self.out, &error);
-        for sync in self.syncing.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            sync.join().unwrap_or_else(|_| Err(failed(std::io::Error::other("a thread has failed"))))?;
+        if let Some(parent) = self.out.parent() {
+            std::fs::create_dir_all(parent).map_err(failed)?;
         }
         // An empty directory of this name makes room.
         if self.out.is_dir() {
@@ -140,24 +162,23 @@ pub(super) fn write_model(
     model: &Model,
     outputs: &Outputs<'_>,
     staged: &Staged,
-    progress: &(dyn Fn(u64) + Sync),
+    progress: &Progress<'_>,
 ) -> Result<()> {
-    let mut map = BTreeMap::new();
-    let mut total = 0;
-    for (shard, outputs) in model.shards().iter().zip(outputs) {
-        let name = match model.index() {
-            None => MODEL_FILE.into(),
-            Some(_) => shard.path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-        };
-        let metadata = shard.file.metadata().into_iter().flatten();
+    let name = |shard: &Shard| match model.index() {
+        None => MODEL_FILE.into(),
+        Some(_) => shard.path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+    };
+    let shards: Vec<_> = model.shards().iter().zip(outputs).collect();
+    // Copying, hashing and writing are done by one thread a file.
+    shards.par_iter().try_for_each(|(shard, outputs)| {
+        let (name, metadata) = (name(shard), shard.file.metadata().into_iter().flatten());
         let metadata = metadata.map(|(key, value)| (key.clone(), value.clone())).collect();
-        total += outputs.iter().map(|output| output.planned.bytes()).sum::<usize>();
-        map.extend(outputs.iter().map(|output| (output.planned.name.clone(), name.clone())));
-        staged.write(&name, |file| {
-            let path = staged.out.join(&name);
-            write_tensors(file, &path, model, outputs, &metadata, progress)
-        })?;
-    }
+        let path = staged.out.join(&name);
+        staged.write(&name, |file| write_tensors(file, &path, model, outputs, &metadata, progress))
+    })?;
+    let all = shards.iter().flat_map(|(shard, outputs)| outputs.iter().map(|output| (&output.planned, name(shard))));
+    let total: usize = all.clone().map(|(planned, _)| planned.bytes()).sum();
+    let map: BTreeMap<_, _> = all.map(|(planned, shard)| (planned.name.clone(), shard)).collect();
     if let Some(index) = model.index() {
         let mut index = index.clone();
         let metadata = index.entry("metadata").or_insert_with(|| json!({}));
@@ -180,36 +201,28 @@ pub(super) fn write_tensors(
     model: &Model,
     outputs: &[Output<'_>],
     metadata: &BTreeMap<String, String>,
-    progress: &(dyn Fn(u64) + Sync),
+    progress: &Progress<'_>,
 ) -> Result<()> {
     let failed = |error: std::io::Error| Error::io(path, &error);
     let planned: Vec<Planned> = outputs.iter().map(|output| output.planned.clone()).collect();
     let mut writer = TensorWriter::new(out, &planned, metadata).map_err(failed)?;
     for Output { planned, make } in outputs {
         let mut sink = |bytes: &[u8]| {
-            progress(bytes.len() as u64);
+            progress(bytes.len() as u64)?;
             writer.write(bytes).map_err(failed)
         };
         match make {
             Make::New(write) => write(&mut sink)?,
             Make::Base => {
                 let (file, info) = model.tensor(&planned.name)?;
-                let length = info.data_offsets.1 - info.data_offsets.0;
-                for start in (0..length).step_by(PIECE) {
-                    let bytes = file.bytes(&planned.name, info, start..length.min(start + PIECE))?;
+                file.in_pieces(&planned.name, info, |bytes, first| {
                     if info.dtype == planned.dtype {
-                        sink(&bytes)?;
-                        continue;
+                        return sink(bytes);
                     }
-                    let values = floating_point(&planned.name, info)?.decode(&bytes);
-                    let first = start * 8 / info.dtype.bitsize();
-                    sink(&round(
-                        &planned.name,
-                        Dtype::of(planned.dtype).expect("a type to round to"),
-                        &values,
-                        first,
-                    )?)?;
-                }
+                    let values = floating_point(&planned.name, info)?.decode(bytes);
+                    let dtype = Dtype::of(planned.dtype).expect("a type to round to");
+                    sink(&round(&planned.name, dtype, &values, first)?)
+                })?;
             }
         }
     }

@@ -3,7 +3,7 @@
 use super::checkpoint::{ADAPTER_FILE, Checkpoint, LORA_NAMES, MAGNITUDE_OF_WORA, PREFIX};
 use super::config::{AdapterConfig, CONFIG_FILE};
 use super::model::Model;
-use super::rewrite::Staged;
+use super::rewrite::{Staged, round};
 use crate::dtype::Dtype;
 use crate::operators::Operator;
 use crate::tensor_writer::{Planned, TensorWriter};
@@ -15,25 +15,40 @@ use std::io::Write;
 use std::path::Path;
 
 /// The layer of a module, ready to be trained or used. `settings` are the operator's, which an adapter does not say:
-/// stride, padding, ...
+/// stride, padding, `fan_in_fan_out`, ...
 ///
 /// # Errors
 ///
-/// A module that the adapter does not have or a weight that the base does not have (C7); shapes that do not fit (C1).
+/// A module that the adapter does not have or a weight that the base does not have (C7); shapes that do not fit (C1); a B
+/// with a bias, which no layer here has: it can be merged.
 pub fn load<O: Operator, T: Scalar>(
     checkpoint: &Checkpoint,
     model: &Model,
     module: &str,
     settings: O::Settings,
 ) -> Result<Layer<O, T>> {
+    if checkpoint.lora_bias(module)?.is_some() {
+        let expected = "it off, as no layer has a bias of B; merge the adapter instead".into();
+        return Err(Error::Setting { name: "lora_bias", expected, found: "it on".into() });
+    }
+    let names = checkpoint.tensors_of_base().collect::<Vec<_>>();
+    let naming = model.naming(&names)?;
     let cast = |values: ArrayD<f64>| values.mapv(T::from_f64);
+    // What the adapter has in the base's place comes first.
     let read = |tensor: &str| -> Result<ArrayD<f64>> {
-        let found = model.find(tensor)?;
-        Ok(model.tensor(found.name())?.0.values(found.name())?.0)
+        match checkpoint.replaced().get(tensor) {
+            Some(name) => Ok(checkpoint.file().values(name)?.0),
+            None => {
+                let name = naming.find(tensor)?;
+                Ok(model.tensor(name.name())?.0.values(name.name())?.0)
+            }
+        }
     };
     let weight: ArcArray<T, IxDyn> = cast(read(&format!("{module}.weight"))?).into();
-    // A layer without a bias has no such tensor.
-    let bias = read(&format!("{module}.bias")).ok().map(cast);
+    let bias = match read(&format!("{module}.bias")) {
+        Err(Error::Missing { .. }) => None,
+        bias => Some(cast(bias?)),
+    };
     let operator = O::from_weight_shape(settings, weight.shape())?;
     let Adapter { lora_a, lora_b, magnitude, alpha, beta } = checkpoint.adapter(module)?;
     let adapter = Adapter {
@@ -47,23 +62,33 @@ pub fn load<O: Operator, T: Scalar>(
     Layer::new(operator, config, Base { weight, bias }, adapter)
 }
 
-/// Writes an adapter that PEFT loads: a directory with its configuration and its tensors, rounded to `dtype`.
+/// Writes an adapter that PEFT loads: a directory with its configuration and its tensors, rounded to `dtype`. One that
+/// has been read is written as it was by [`Checkpoint::write`].
 ///
 /// `modules` are the learned tensors by the names that the modules have in the base model, and whether a module is an
 /// embedding.
 ///
 /// # Errors
 ///
-/// A directory that has something in it or cannot be written.
+/// A rank that is not the configuration's (C3), a configuration with a bias of B, a number that the type does not hold
+/// (C2), a directory that has something in it or cannot be written.
 pub fn save(
     directory: &Path,
     config: &AdapterConfig,
     modules: &BTreeMap<String, (Adapter<f64>, bool)>,
     dtype: Dtype,
 ) -> Result<()> {
+    if config.lora_bias() {
+        return Err(Error::Setting { name: "lora_bias", expected: "it off".into(), found: "it on".into() });
+    }
     let [of_magnitude, ..] = SCALE_NAMES;
     let mut tensors = BTreeMap::new();
     for (module, (adapter, embedding)) in modules {
+        if adapter.rank() != config.rank(module) {
+            let (tensor, expected) =
+                (module.clone(), format!("[{}, ...] of A, the rank in {CONFIG_FILE}", config.rank(module)));
+            return Err(Error::Shape { tensor, expected, found: adapter.lora_a.shape().to_vec() }); // C3
+        }
         let lora = LORA_NAMES[usize::from(!embedding)];
         for (name, values) in adapter.named(lora) {
             let wora = adapter.alpha.is_some() && name == of_magnitude;
@@ -75,15 +100,25 @@ pub fn save(
         .iter()
         .map(|(name, values)| Planned { name: name.clone(), dtype: dtype.into(), shape: values.shape().to_vec() })
         .collect();
+    let bytes = tensors.iter().map(|(name, values)| round(name, dtype, values.as_slice().expect("standard layout"), 0));
+    write_adapter(directory, config, &planned, bytes)
+}
+
+/// Writes an adapter's two files.
+pub(super) fn write_adapter(
+    directory: &Path,
+    config: &AdapterConfig,
+    planned: &[Planned],
+    bytes: impl Iterator<Item = Result<Vec<u8>>>,
+) -> Result<()> {
     let path = directory.join(ADAPTER_FILE);
     let failed = |error: std::io::Error| Error::io(&path, &error);
     let staged = Staged::new(directory)?;
     staged.write(ADAPTER_FILE, |file| {
         let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-        let mut writer = TensorWriter::new(file, &planned, &metadata).map_err(failed)?;
-        for (name, values) in &tensors {
-            let values = values.as_slice().expect("standard layout");
-            writer.write(&super::rewrite::round(name, dtype, values, 0)?).map_err(failed)?;
+        let mut writer = TensorWriter::new(file, planned, &metadata).map_err(failed)?;
+        for bytes in bytes {
+            writer.write(&bytes?).map_err(failed)?;
         }
         writer.finish().map(drop).map_err(failed)
     })?;

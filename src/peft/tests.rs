@@ -1,6 +1,6 @@
 //! A disk that is full, at every byte.
 
-use super::merge::{Learned, merged_outputs, plans};
+use super::merge::{Learned, Work, plans};
 use super::rewrite::write_tensors;
 use super::{Checkpoint, MergeOptions, Model};
 use crate::wora::ZeroNorm;
@@ -39,10 +39,11 @@ fn a_disk_that_is_full_at_any_byte_is_an_error_that_names_the_file() {
     let merge = |left: usize| {
         let learned = Mutex::new(Learned::default());
         let options = MergeOptions::default();
-        let outputs = merged_outputs(&model, &adapters, &plans, options, &learned).expect("outputs");
+        let work = Work { model: &model, adapters: &adapters, plans: &plans, options, learned: &learned, kept: None };
+        let outputs = work.outputs().expect("outputs");
         let mut disk = Disk { left, written: vec![] };
         let path = Path::new("out/model.safetensors");
-        write_tensors(&mut disk, path, &model, &outputs[0], &BTreeMap::new(), &|_| {}).map(|()| disk.written)
+        write_tensors(&mut disk, path, &model, &outputs[0], &BTreeMap::new(), &|_| Ok(())).map(|()| disk.written)
     };
     let whole = merge(usize::MAX).expect("a disk with room").len();
     assert!(whole > 1000);

@@ -1,11 +1,12 @@
 //! The base of a merged model. SPEC.md, section 7.
 
 use super::checkpoint::Checkpoint;
-use super::merge::planned;
+use super::merge::{Progress, planned};
 use super::model::Model;
 use super::module::{Module, has_norms, in_parallel};
-use super::record::{BASE, Change, Changed, NORM, RECORD_FILE, hash_adapter, hexadecimal, is_kept, read_record};
+use super::record::{BASE, Change, Changed, NORM, RECORD_FILE, Record, hash_adapter, hexadecimal, read_record};
 use super::rewrite::{Make, Output, Outputs, Sink, Staged, round, round_rows, write_model};
+use crate::dtype::Dtype;
 use crate::tensor_file::{TensorFile, floating_point};
 use crate::tensor_writer::Planned;
 use crate::wora::ZeroNorm;
@@ -16,36 +17,32 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-/// Restores the base of a merged model. E37
+/// Restores the base of a merged model: to the bit where it was kept, and by E37 elsewhere.
 ///
 /// # Errors
 ///
-/// A directory without its record, or whose tensors or adapter are not those of the merge; W' that does not hold W0 any
-/// more (C6), unless the base was kept.
-pub fn unmerge(
-    merged: &Path,
-    adapter: &Checkpoint,
-    out: &Path,
-    progress: &(dyn Fn(u64) + Sync),
-) -> Result<Vec<Changed>> {
+/// A directory without its record, or whose tensors, norms or adapter are not those of the merge; W' that does not hold W0
+/// any more (C6), unless the base was kept; several adapters, unless the base was kept.
+pub fn unmerge(merged: &Path, adapter: &Checkpoint, out: &Path, progress: &Progress<'_>) -> Result<Vec<Changed>> {
     let model = Model::open(merged)?;
     let path = merged.join(RECORD_FILE);
     let file = TensorFile::open(&path)?;
     let record = read_record(&file).map_err(|error| error.in_file(&path))?;
-    let hashes = hash_adapter(adapter)?;
-    if record.adapters.first() != Some(&hashes) || record.adapters.len() > 1 && !is_kept(&file, &record) {
-        let message = match record.adapters.len() {
-            1 => format!("expected the adapter that was merged, found another in {}", adapter.directory().display()),
-            count => format!("expected one adapter, or a merge with --keep-base, found {count} adapters merged"),
-        };
-        return Err(Error::File { path, message });
+    let refuse = |message: String| Error::File { path: path.clone(), message };
+    if !record.adapters.contains(&hash_adapter(adapter)?) {
+        let found = adapter.directory().display();
+        return Err(refuse(format!("expected an adapter that was merged, found another in {found}")));
     }
-    let mut modules = BTreeMap::new();
-    for name in adapter.modules() {
-        // A kept base needs no module; one that was tied has a tensor of its own now.
-        let module = Module::new(adapter, &model, name, ZeroNorm::Zero)?;
-        modules.insert(module.found.name().to_string(), module);
+    let kept = |changed: &Changed| file.info(&format!("{BASE}{}", changed.tensor)).is_some();
+    let is_kept = record.tensors.iter().filter(|changed| changed.base_sha256.is_some()).all(kept);
+    if record.adapters.len() > 1 && !is_kept {
+        let count = record.adapters.len();
+        return Err(refuse(format!(
+            "expected one adapter, or a merge with --keep-base, found {count} adapters merged"
+        )));
     }
+    let back = Back { model: &model, file: &file, adapter };
+    back.check(&record).map_err(|error| error.in_file(&path))?;
     let staged = Staged::new(out)?;
     let by_name: BTreeMap<&str, &Changed> =
         record.tensors.iter().map(|changed| (changed.tensor.as_str(), changed)).collect();
@@ -54,79 +51,89 @@ pub fn unmerge(
         let mut of_shard = vec![];
         for name in shard.file.in_order() {
             let info = shard.file.info(&name).expect("a tensor of the file");
-            let Some(changed) = by_name.get(name.as_str()) else {
-                of_shard.push(Output { planned: planned(&name, info, None), make: Make::Base });
-                continue;
-            };
-            if changed.base_sha256.is_none() {
-                continue;
+            match by_name.get(name.as_str()) {
+                None => of_shard.push(Output { planned: planned(&name, info, None), make: Make::Base }),
+                // It shared another's tensor, which is there.
+                Some(changed) if changed.base_sha256.is_none() => {}
+                Some(&changed) => {
+                    let info = file.info(&format!("{BASE}{name}")).unwrap_or(info);
+                    let planned = planned(&name, info, None);
+                    let (back, of) = (&back, planned.clone());
+                    of_shard.push(Output {
+                        planned,
+                        make: Make::New(Box::new(move |sink| back.write(changed, &of, sink))),
+                    });
+                }
             }
-            let kept = format!("{BASE}{name}");
-            let planned = match file.info(&kept) {
-                Some(info) => planned(&name, info, None),
-                None => planned(&name, info, None),
-            };
-            let make = restored(&model, &file, changed, adapter, modules.get(&name), planned.clone());
-            of_shard.push(Output { planned, make });
         }
         outputs.push(of_shard);
     }
-    staged.copy_companions(&model)?;
+    let separated = record.tensors.iter().any(|changed| changed.shared_with.is_some());
+    staged.copy_companions(&model, separated.then_some(true))?;
     write_model(&model, &outputs, &staged, progress)?;
-    drop(outputs);
     staged.finish()?;
+    drop(outputs);
     Ok(record.tensors)
 }
 
-/// The bytes of a tensor as the base had it.
-fn restored<'a>(
+/// What tensors are restored of.
+struct Back<'a> {
     model: &'a Model,
-    record: &'a TensorFile<'static>,
-    changed: &'a Changed,
+    file: &'a TensorFile<'static>,
     adapter: &'a Checkpoint,
-    module: Option<&'a Module>,
-    planned: Planned,
-) -> Make<'a> {
-    Make::New(Box::new(move |sink: &mut Sink<'_>| {
-        let name = planned.name.as_str();
-        let kept = format!("{BASE}{name}");
-        if let Some(info) = record.info(&kept) {
-            return sink(&record.bytes(&kept, info, 0..info.data_offsets.1 - info.data_offsets.0)?);
+}
+
+impl Back<'_> {
+    /// Fails unless the record is about tensors of this model, and of every module of the adapter.
+    fn check(&self, record: &Record) -> Result<()> {
+        let missing =
+            |tensor: &str, expected: &str| Error::Missing { tensor: tensor.into(), expected: expected.into() };
+        for changed in &record.tensors {
+            if self.model.place(&changed.tensor).is_none() {
+                return Err(missing(&changed.tensor, "a tensor of the merged model"));
+            }
         }
-        let at = model.tensor(name)?;
-        let whole = 0..at.1.data_offsets.1 - at.1.data_offsets.0;
-        let dtype = floating_point(name, at.1)?;
+        let merged: Vec<&str> = record.tensors.iter().filter_map(|changed| changed.module.as_deref()).collect();
+        match self.adapter.modules().find(|module| !merged.contains(module)) {
+            None => Ok(()),
+            Some(module) => Err(missing(module, "what became of the module")),
+        }
+    }
+
+    fn write(&self, changed: &Changed, planned: &Planned, sink: &mut Sink<'_>) -> Result<()> {
+        let name = planned.name.as_str();
+        let (file, info) = self.model.tensor(name)?;
+        let kept = format!("{BASE}{name}");
         let mut of_merged = Sha256::new();
-        match (changed.change, module) {
-            (Change::Merged, Some(module)) => {
-                let norm_name = format!("{}{NORM}", module.name);
-                let norms = has_norms(module).then(|| Ok(record.values(&norm_name)?.0)).transpose();
-                let norms = norms.map_err(|error: Error| error.in_file(Path::new(RECORD_FILE)))?;
-                let one = |rows: &Range<usize>| {
-                    let (merged, bytes) = module.read(rows, name, at)?;
-                    let range = module.norms(rows);
-                    let of_rows =
-                        norms.as_ref().map(|norms| norms.iter().skip(range.start).take(range.len()).copied().collect());
-                    let base = module.unmerge(rows, merged, of_rows)?;
-                    Ok((bytes, round_rows(name, dtype, base.view(), rows.start * module.dim().1)?))
-                };
-                in_parallel(&module.blocks(), one, |done: Vec<(Vec<u8>, Vec<u8>)>| {
-                    let hash = || done.iter().for_each(|(bytes, _)| of_merged.update(bytes));
-                    rayon::join(hash, || done.iter().try_for_each(|(_, rounded)| sink(rounded))).1
+        match (self.file.info(&kept), changed.change, &changed.module) {
+            (Some(of_kept), ..) => {
+                if of_kept.shape != info.shape {
+                    let expected = format!("{:?}", info.shape);
+                    return Err(Error::Shape { tensor: kept, expected, found: of_kept.shape.clone() });
+                }
+                let mut of_base = Sha256::new();
+                self.file.in_pieces(&kept, of_kept, |bytes, _| {
+                    of_base.update(bytes);
+                    sink(bytes)
+                })?;
+                if Some(hexadecimal(of_base)) != changed.base_sha256 {
+                    return Err(changed_since(&kept));
+                }
+                file.in_pieces(name, info, |bytes, _| {
+                    of_merged.update(bytes);
+                    Ok(())
                 })?;
             }
-            (Change::Bias, _) => {
-                let bytes = at.0.bytes(name, at.1, whole)?;
+            (None, Change::Merged, Some(module)) => self.write_weight(changed, module, name, sink, &mut of_merged)?,
+            (None, Change::Bias, Some(module)) => {
+                let bytes = file.all_bytes(name, info)?;
                 of_merged.update(&bytes);
+                let dtype = floating_point(name, info)?;
                 let mut base = Array1::from(dtype.decode(&bytes));
-                let of_module = name.strip_suffix(".bias").unwrap_or(name);
-                let bias = adapter.modules().find(|module| of_module.ends_with(module) || module.ends_with(of_module));
-                let bias = bias
-                    .map(|module| Ok((adapter.lora_bias(module)?, adapter.config().scaling(module)?)))
-                    .transpose()?;
-                if let Some((Some(bias), scaling)) = bias {
-                    base.iter_mut().zip(&bias).for_each(|(base, bias)| *base -= scaling * bias);
-                }
+                let bias = self.adapter.lora_bias(module)?.filter(|bias| bias.len() == base.len());
+                let missing =
+                    || Error::Missing { tensor: format!("{module}.lora_B.bias"), expected: "what was added".into() };
+                base.scaled_add(-self.adapter.config().scaling(module)?, &bias.ok_or_else(missing)?.flatten());
                 sink(&round(name, dtype, base.as_slice().expect("one axis"), 0)?)?;
             }
             _ => {
@@ -136,9 +143,46 @@ fn restored<'a>(
             }
         }
         if hexadecimal(of_merged) != changed.merged_sha256 {
-            let reason = "expected the bytes that were merged, found others: it has been changed since".into();
-            return Err(Error::Unexpected { tensor: name.into(), reason });
+            return Err(changed_since(name));
         }
         Ok(())
-    }))
+    }
+
+    /// E37
+    fn write_weight(
+        &self,
+        changed: &Changed,
+        module: &str,
+        name: &str,
+        sink: &mut Sink<'_>,
+        of_merged: &mut Sha256,
+    ) -> Result<()> {
+        let module = Module::new(self.adapter, self.model, module, ZeroNorm::Zero)?;
+        let at = self.model.tensor(name)?;
+        let dtype = floating_point(name, at.1)?;
+        let norm_name = format!("{}{NORM}", module.name);
+        let norms = has_norms(&module).then(|| Ok(self.file.values(&norm_name)?.0.flatten().to_vec())).transpose();
+        let norms: Option<Vec<f64>> = norms.map_err(|error: Error| error.in_file(Path::new(RECORD_FILE)))?;
+        let hash = norms.as_ref().map(|norms| hexadecimal(Sha256::new_with_prefix(Dtype::F64.encode(norms))));
+        if hash != changed.norms_sha256 {
+            return Err(changed_since(&norm_name));
+        }
+        let one = |rows: &Range<usize>| {
+            let (merged, bytes) = module.read(rows, name, at)?;
+            let range = module.norms(rows);
+            let of_rows =
+                norms.as_ref().map(|norms| norms.iter().skip(range.start).take(range.len()).copied().collect());
+            let base = module.unmerge(rows, merged, of_rows)?;
+            Ok((bytes, round_rows(name, dtype, base.view(), rows.start * module.dim().1)?))
+        };
+        in_parallel(&module.blocks(), one, |done: Vec<(Vec<u8>, Vec<u8>)>| {
+            let hash = || done.iter().for_each(|(bytes, _)| of_merged.update(bytes));
+            rayon::join(hash, || done.iter().try_for_each(|(_, rounded)| sink(rounded))).1
+        })
+    }
+}
+
+fn changed_since(tensor: &str) -> Error {
+    let reason = "expected the bytes of the merge, found others: it has been changed since".into();
+    Error::Unexpected { tensor: tensor.into(), reason }
 }

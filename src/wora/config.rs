@@ -23,6 +23,16 @@ pub enum Method {
     Wora,
 }
 
+impl std::fmt::Display for Method {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Lora => "LoRA",
+            Self::Dora => "DoRA",
+            Self::Wora => "WoRA",
+        })
+    }
+}
+
 /// Whether the gradient flows through `||V||`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -42,11 +42,25 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
     ///
     /// A unit with `||V|| = 0` (C5), unless `zero_norm` allows it; a norm that overflows (C2).
     pub fn merge(&self) -> Result<Merged<T>> {
-        let mut weighted = self.weighted_matrix();
+        let weighted = self.weighted_matrix();
+        let norm = self.norms_of(weighted.view());
+        self.merge_weighted(weighted, norm)
+    }
+
+    /// [`Layer::merge`] of some columns of a larger weight, whose norms `||V||` are these.
+    pub(crate) fn merge_at_norm(&self, norm: Array1<T>) -> Result<Merged<T>> {
+        self.merge_weighted(self.weighted_matrix(), norm)
+    }
+
+    /// `||V_i||^2`, which those of other columns are added to.
+    pub(crate) fn squared_weighted_norms(&self) -> Array1<T> {
+        self.norms_of(self.weighted_matrix().view()).mapv_into(|norm| norm * norm)
+    }
+
+    fn merge_weighted(&self, mut weighted: Array2<T>, norm: Array1<T>) -> Result<Merged<T>> {
         let Some(magnitude) = self.magnitude() else {
             return Ok(Merged { weight: self.operator().stored_weight(weighted), weight_norm: None });
         };
-        let norm = self.norms_of(weighted.view());
         let weight_norm = weight_norm(norm.view(), self.config())?; // E10
         let gain = Direction::gain(magnitude, weight_norm.view()); // E11
         weighted *= &self.along_norm_axis(gain); // E12
