@@ -95,7 +95,7 @@ impl Dtype {
         Storage { smallest_normal: power_of_two(self.least_exponent()), chain, total_chain }
     }
 
-    /// Its name in a file; `None` for a type that is none of these.
+    /// The one that a file calls this; `None` for a type that is none of these.
     pub(crate) fn of(stored: safetensors::Dtype) -> Option<Self> {
         Self::ALL.into_iter().find(|&dtype| safetensors::Dtype::from(dtype) == stored)
     }
@@ -133,17 +133,6 @@ impl Dtype {
             Self::F16 => all(bytes, |bytes| f16::from_le_bytes(bytes).to_f64()),
         }
     }
-
-    /// The little-endian bytes of the nearest number.
-    pub(crate) fn bytes(self, value: f64) -> Vec<u8> {
-        let value = self.round(value);
-        match self {
-            Self::F64 => value.to_le_bytes().into(),
-            Self::F32 => (value as f32).to_le_bytes().into(),
-            Self::Bf16 => bf16::from_f64(value).to_le_bytes().into(),
-            Self::F16 => f16::from_f64(value).to_le_bytes().into(),
-        }
-    }
 }
 
 /// `2^exponent`, from the smallest subnormal f64 up.
@@ -168,6 +157,15 @@ impl fmt::Display for Dtype {
             Self::Bf16 => "bf16",
             Self::F16 => "f16",
         })
+    }
+}
+
+impl std::str::FromStr for Dtype {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let named = Self::ALL.into_iter().find(|dtype| dtype.to_string() == text);
+        named.ok_or_else(|| "expected f64, f32, bf16 or f16".into())
     }
 }
 

@@ -14,6 +14,7 @@
 
 use crate::dtype::Dtype;
 use crate::{Error, Result};
+use half::{bf16, f16};
 use ndarray::ArrayD;
 use rayon::prelude::*;
 use safetensors::SafeTensorError;
@@ -204,9 +205,14 @@ impl<'a> TensorFile<'a> {
     pub fn values(&self, name: &str) -> Result<(ArrayD<f64>, Dtype)> {
         let missing = || Error::Missing { tensor: name.into(), expected: "a tensor".into() };
         let info = self.header.info(name).ok_or_else(missing)?; // C7
-        let dtype = floating_point(name, info)?;
-        let values = dtype.decode(&self.all_bytes(name, info)?);
-        Ok((ArrayD::from_shape_vec(info.shape.clone(), values).map_err(|_| too_large(name, info))?, dtype))
+        let dtype = floating_point(name, info.dtype)?;
+        let values = match dtype {
+            Dtype::F64 => self.elements(name, info, f64::from_le_bytes),
+            Dtype::F32 => self.elements(name, info, |bytes| f32::from_le_bytes(bytes).into()),
+            Dtype::Bf16 => self.elements(name, info, |bytes| bf16::from_le_bytes(bytes).to_f64()),
+            Dtype::F16 => self.elements(name, info, |bytes| f16::from_le_bytes(bytes).to_f64()),
+        };
+        Ok((values?, dtype))
     }
 
     /// A tensor's type, its shape, where it lies.
@@ -248,13 +254,12 @@ impl<'a> TensorFile<'a> {
                 tensor: name.into(),
                 reason: format!("expected {count} elements, found the end: {error}"),
             })?;
-        ArrayD::from_shape_vec(tensor.shape.clone(), elements).map_err(|_| too_large(name, tensor))
+        ArrayD::from_shape_vec(tensor.shape.clone(), elements).map_err(|_| Error::Shape {
+            tensor: name.into(),
+            expected: "one that fits in memory".into(),
+            found: tensor.shape.clone(),
+        })
     }
-}
-
-fn too_large(name: &str, tensor: &TensorInfo) -> Error {
-    let expected = "one that fits in memory".into();
-    Error::Shape { tensor: name.into(), expected, found: tensor.shape.clone() }
 }
 
 /// The type of a tensor of floating-point numbers.
@@ -262,9 +267,9 @@ fn too_large(name: &str, tensor: &TensorInfo) -> Error {
 /// # Errors
 ///
 /// A tensor of another type.
-pub fn floating_point(name: &str, tensor: &TensorInfo) -> Result<Dtype> {
-    Dtype::of(tensor.dtype).ok_or_else(|| Error::Unexpected {
+pub fn floating_point(name: &str, dtype: safetensors::Dtype) -> Result<Dtype> {
+    Dtype::of(dtype).ok_or_else(|| Error::Unexpected {
         tensor: name.into(),
-        reason: format!("expected F64, F32, BF16 or F16, found {}", tensor.dtype),
+        reason: format!("expected F64, F32, BF16 or F16, found {dtype}"),
     })
 }

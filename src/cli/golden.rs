@@ -16,7 +16,7 @@ pub struct Args {
     /// Only the case of this name, or the cases whose names contain this
     filter: Option<String>,
     /// The type of every floating-point tensor
-    #[arg(long, value_parser = dtype, default_value = "f64")]
+    #[arg(long, default_value = "f64")]
     dtype: Dtype,
     /// The seed of the cases' numbers
     #[arg(long, default_value_t = 0)]
@@ -27,13 +27,6 @@ pub struct Args {
     /// Print the manifest
     #[arg(long)]
     json: bool,
-}
-
-fn dtype(text: &str) -> std::result::Result<Dtype, String> {
-    Dtype::ALL
-        .into_iter()
-        .find(|dtype| dtype.to_string() == text)
-        .ok_or_else(|| "expected f64, f32, bf16 or f16".into())
 }
 
 pub fn run(args: Args) -> Result<Outcome> {

@@ -38,11 +38,9 @@ pub struct Args {
 struct Stored(Option<Dtype>);
 
 fn dtype(text: &str) -> std::result::Result<Stored, String> {
-    let named = Dtype::ALL.into_iter().find(|dtype| dtype.to_string() == text);
-    match (text, named) {
-        ("keep", _) => Ok(Stored(None)),
-        (_, Some(dtype)) => Ok(Stored(Some(dtype))),
-        _ => Err("expected keep, f64, f32, bf16 or f16".into()),
+    match text {
+        "keep" => Ok(Stored(None)),
+        _ => text.parse().map(|dtype| Stored(Some(dtype))).map_err(|error: String| format!("{error}, or keep")),
     }
 }
 

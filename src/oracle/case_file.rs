@@ -15,7 +15,6 @@ use super::Dtype;
 use crate::case::{Case, Tensor};
 use crate::tensor_file::TensorFile;
 use crate::{Error, Result};
-use half::{bf16, f16};
 use ndarray::ArrayD;
 use safetensors::tensor::{TensorInfo, TensorView};
 use serde_json::{Map, Value, json};
@@ -76,7 +75,8 @@ impl CaseFile {
                 let (dtype, data): (safetensors::Dtype, Vec<u8>) = match tensor {
                     Tensor::Float(values) => {
                         let dtype = self.dtype(name);
-                        (dtype.into(), values.iter().flat_map(|&value| dtype.bytes(value)).collect())
+                        let values = values.as_standard_layout();
+                        (dtype.into(), dtype.encode(values.as_slice().expect("standard layout")))
                     }
                     Tensor::Int(ids) => (safetensors::Dtype::I64, ids.iter().flat_map(|id| id.to_le_bytes()).collect()),
                 };
@@ -170,13 +170,12 @@ fn from_tensors(file: &TensorFile<'_>, stem: &str) -> Result<CaseFile> {
 /// A tensor, and its type where it is a floating-point one.
 fn tensor(file: &TensorFile<'_>, name: &str, info: &TensorInfo) -> Result<(Tensor, Option<Dtype>)> {
     use safetensors::Dtype as Stored;
-    let float = |values: Result<ArrayD<f64>>, dtype| Ok((Tensor::Float(values?.into()), Some(dtype)));
     let int = |ids: Result<ArrayD<i64>>| Ok((Tensor::Int(ids?), None));
     match info.dtype {
-        Stored::F64 => float(file.elements(name, info, f64::from_le_bytes), Dtype::F64),
-        Stored::F32 => float(file.elements(name, info, |bytes| f32::from_le_bytes(bytes).into()), Dtype::F32),
-        Stored::BF16 => float(file.elements(name, info, |bytes| bf16::from_le_bytes(bytes).to_f64()), Dtype::Bf16),
-        Stored::F16 => float(file.elements(name, info, |bytes| f16::from_le_bytes(bytes).to_f64()), Dtype::F16),
+        Stored::F64 | Stored::F32 | Stored::BF16 | Stored::F16 => {
+            let (values, dtype) = file.values(name)?;
+            Ok((Tensor::Float(values.into()), Some(dtype)))
+        }
         Stored::I64 => int(file.elements(name, info, i64::from_le_bytes)),
         Stored::I32 => int(file.elements(name, info, |bytes| i32::from_le_bytes(bytes).into())),
         Stored::I16 => int(file.elements(name, info, |bytes| i16::from_le_bytes(bytes).into())),

@@ -14,7 +14,7 @@ use crate::{Error, Result};
 use ndarray::{ArrayD, ArrayView1};
 use safetensors::tensor::TensorInfo;
 use sha2::{Digest, Sha256};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Mutex;
@@ -148,12 +148,15 @@ fn plan<'p>(plans: &'p mut Plans, naming: &Naming<'_>, tensor: &str) -> Result<&
 ///
 /// As [`merge`].
 pub fn warnings(model: &Model, adapters: &[Checkpoint]) -> Result<Vec<String>> {
-    let plans = plans(model, adapters, ZeroNorm::Zero)?;
-    let naming = model.naming(&[])?;
-    let shared = plans.keys().filter(|tensor| naming.shared_with(tensor));
-    Ok(shared
-        .map(|tensor| format!("{tensor}: where the model shares it between its first and its last module, both change"))
-        .collect())
+    let mut shared = BTreeSet::new();
+    for adapter in adapters {
+        let tensors = adapter.tensors_of_base().collect::<Vec<_>>();
+        let naming = model.naming(&tensors).map_err(|error| error.in_file(&adapter.directory().join(ADAPTER_FILE)))?;
+        let names = tensors.iter().filter_map(|tensor| Some(naming.find(tensor).ok()?.own_name().to_string()));
+        shared.extend(names.filter(|name| naming.shared_with(name)));
+    }
+    let line = |name| format!("{name}: where the model shares it between its first and its last module, both change");
+    Ok(shared.into_iter().map(line).collect())
 }
 
 /// What is learned while tensors are written.
@@ -325,8 +328,8 @@ impl<'a> Work<'a> {
         file.in_pieces(name, info, |bytes, first| match info.dtype == planned.dtype {
             true => write(bytes),
             false => {
-                let values = floating_point(name, info)?.decode(bytes);
-                write(&round(&planned.name, self.dtype(planned)?, &values, first)?)
+                let values = floating_point(name, info.dtype)?.decode(bytes);
+                write(&round(&planned.name, floating_point(&planned.name, planned.dtype)?, &values, first)?)
             }
         })?;
         Ok(None)
@@ -342,7 +345,7 @@ impl<'a> Work<'a> {
         let (mut sum, _) = source.file.values(source.name)?;
         biases.iter().for_each(|bias| sum += bias);
         let sum = sum.as_slice().expect("standard layout");
-        write(&round(&planned.name, self.dtype(planned)?, sum, 0)?)?;
+        write(&round(&planned.name, floating_point(&planned.name, planned.dtype)?, sum, 0)?)?;
         Ok(None)
     }
 
@@ -354,7 +357,7 @@ impl<'a> Work<'a> {
         modules: &[Module],
         write: &mut Sink<'_>,
     ) -> Result<Option<Vec<f64>>> {
-        let (first, dtype) = (&modules[0], self.dtype(planned)?);
+        let (first, dtype) = (&modules[0], floating_point(&planned.name, planned.dtype)?);
         let columns = first.dim().1;
         let read = |rows: &Range<usize>| Ok(first.read(rows, source.name, (source.file, source.info))?.0);
         let of_columns = modules.iter().map(|module| module.column_norms(read)).collect::<Result<Vec<_>>>()?;
@@ -378,13 +381,5 @@ impl<'a> Work<'a> {
             Ok(())
         })?;
         Ok(Some(norms).filter(|_| has_norms(first) && modules.len() == 1))
-    }
-
-    /// The type that a changed tensor is rounded to.
-    fn dtype(&self, planned: &Planned) -> Result<Dtype> {
-        Dtype::of(planned.dtype).ok_or_else(|| Error::Unexpected {
-            tensor: planned.name.clone(),
-            reason: format!("expected F64, F32, BF16 or F16, found {}", planned.dtype),
-        })
     }
 }

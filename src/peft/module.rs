@@ -95,7 +95,7 @@ impl Module {
         let weight = format!("{name}.weight");
         let found = naming.find(&weight)?;
         let (_, info) = model.tensor(found.name())?;
-        floating_point(found.name(), info).map_err(|error| error.in_file(model.path_of(found.name())))?;
+        floating_point(found.name(), info.dtype).map_err(|error| error.in_file(model.path_of(found.name())))?;
         let Adapter { lora_a, lora_b, magnitude, alpha, beta } = checkpoint.adapter(name)?;
         let [name_a, name_b] = lora_names(checkpoint.is_embedding(name));
         let kind = kind(checkpoint, model, naming, name, &info.shape, [lora_a.shape(), lora_b.shape()])?;
@@ -252,7 +252,7 @@ impl Module {
         (file, info): (&TensorFile<'static>, &TensorInfo),
     ) -> Result<(ArcArray<f64, Ix2>, Vec<u8>)> {
         let (_, columns) = self.dim();
-        let (dtype, of_row) = (floating_point(name, info)?, columns * info.dtype.bitsize() / 8);
+        let (dtype, of_row) = (floating_point(name, info.dtype)?, columns * info.dtype.bitsize() / 8);
         let bytes = file.bytes(name, info, rows.start * of_row..rows.end * of_row)?;
         let weight = Array2::from_shape_vec((rows.len(), columns), dtype.decode(&bytes)).expect("as many elements");
         Ok((weight.into(), bytes))

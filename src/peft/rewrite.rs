@@ -219,7 +219,7 @@ pub(super) fn write_tensors(
                     if info.dtype == planned.dtype {
                         return sink(bytes);
                     }
-                    let values = floating_point(&planned.name, info)?.decode(bytes);
+                    let values = floating_point(&planned.name, info.dtype)?.decode(bytes);
                     let dtype = Dtype::of(planned.dtype).expect("a type to round to");
                     sink(&round(&planned.name, dtype, &values, first)?)
                 })?;

@@ -128,7 +128,7 @@ impl Back<'_> {
             (None, Change::Bias, Some(module)) => {
                 let bytes = file.all_bytes(name, info)?;
                 of_merged.update(&bytes);
-                let dtype = floating_point(name, info)?;
+                let dtype = floating_point(name, info.dtype)?;
                 let mut base = Array1::from(dtype.decode(&bytes));
                 let bias = self.adapter.lora_bias(module)?.filter(|bias| bias.len() == base.len());
                 let missing =
@@ -159,7 +159,7 @@ impl Back<'_> {
     ) -> Result<()> {
         let module = Module::new(self.adapter, self.model, module, ZeroNorm::Zero)?;
         let at = self.model.tensor(name)?;
-        let dtype = floating_point(name, at.1)?;
+        let dtype = floating_point(name, at.1.dtype)?;
         let norm_name = format!("{}{NORM}", module.name);
         let norms = has_norms(&module).then(|| Ok(self.file.values(&norm_name)?.0.flatten().to_vec())).transpose();
         let norms: Option<Vec<f64>> = norms.map_err(|error: Error| error.in_file(Path::new(RECORD_FILE)))?;

@@ -23,7 +23,7 @@ use crate::error::check_shape;
 use crate::matmul::{Accumulate, product_into};
 use crate::operators::{Operator, group_slice};
 use crate::{Error, Result, Scalar};
-use ndarray::{Array1, Array2, ArrayD, Axis};
+use ndarray::{Array1, Array2, ArrayD, ArrayView2, Axis};
 
 /// A merged weight, and what it takes to undo the merge.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,14 +42,12 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
     ///
     /// A unit with `||V|| = 0` (C5), unless `zero_norm` allows it; a norm that overflows (C2).
     pub fn merge(&self) -> Result<Merged<T>> {
-        let weighted = self.weighted_matrix();
-        let norm = self.norms_of(weighted.view());
-        self.merge_weighted(weighted, norm)
+        self.merge_by(|weighted| self.norms_of(weighted))
     }
 
     /// [`Layer::merge`] of some columns of a larger weight, whose norms `||V||` are these.
     pub(crate) fn merge_at_norm(&self, norm: Array1<T>) -> Result<Merged<T>> {
-        self.merge_weighted(self.weighted_matrix(), norm)
+        self.merge_by(|_| norm)
     }
 
     /// `||V_i||^2`, which those of other columns are added to.
@@ -57,11 +55,13 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         self.norms_of(self.weighted_matrix().view()).mapv_into(|norm| norm * norm)
     }
 
-    fn merge_weighted(&self, mut weighted: Array2<T>, norm: Array1<T>) -> Result<Merged<T>> {
+    /// `norm` finds `||V||` where there is a method with norms.
+    fn merge_by(&self, norm: impl FnOnce(ArrayView2<'_, T>) -> Array1<T>) -> Result<Merged<T>> {
+        let mut weighted = self.weighted_matrix();
         let Some(magnitude) = self.magnitude() else {
             return Ok(Merged { weight: self.operator().stored_weight(weighted), weight_norm: None });
         };
-        let weight_norm = weight_norm(norm.view(), self.config())?; // E10
+        let weight_norm = weight_norm(norm(weighted.view()).view(), self.config())?; // E10
         let gain = Direction::gain(magnitude, weight_norm.view()); // E11
         weighted *= &self.along_norm_axis(gain); // E12
         Ok(Merged { weight: self.operator().stored_weight(weighted), weight_norm: Some(weight_norm) })
