@@ -136,8 +136,13 @@ pub(crate) fn channel_products<T: Scalar>(a: ArrayView3<'_, T>, b: ArrayView3<'_
 pub(crate) fn channel_sums<T: Scalar>(a: ArrayView3<'_, T>) -> Array1<T> {
     let zero = || Array1::zeros(a.len_of(Axis(1)));
     let add = |_: &mut (), sums: &mut Array1<T>, a: ArrayView3<'_, T>| {
+        let one_place = a.len_of(Axis(2)) == 1;
         for a in a.outer_iter() {
-            Zip::from(&mut *sums).and(a.rows()).for_each(|sum, a| *sum += a.sum());
+            if one_place {
+                *sums += &a.index_axis(Axis(1), 0);
+            } else {
+                Zip::from(&mut *sums).and(a.rows()).for_each(|sum, a| *sum += a.sum());
+            }
         }
     };
     sum(a.len(), blocks(a), || (), zero, add, |sums, part| *sums += &part)

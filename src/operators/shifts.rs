@@ -41,9 +41,9 @@ struct Tap {
     offset: usize,
 }
 
-/// Some outputs of an image, by their places.
+/// Some outputs of an image by their places, or all of several images, side by side.
 struct Tile {
-    image: usize,
+    images: Range<usize>,
     /// Along the first axis.
     output: usize,
     places: Range<usize>,
@@ -90,15 +90,30 @@ impl Shifts {
         Self::new(axes, channels, rows)
     }
 
-    /// The tiles of an image, all about as wide.
-    fn tiles(&self, image: usize) -> impl Iterator<Item = Tile> {
+    /// The tiles of so many images, in their order, all about as wide: one product of small images costs less than one each.
+    fn tiles(&self, images: usize) -> Vec<Tile> {
         let [outputs, lines, columns] = self.axes.map(|axis| axis.output());
         let places = (lines - 1) * self.line + columns;
+        let together = TILE / (places + reach(&self.taps));
+        if outputs == 1 && together > 1 {
+            let starts = (0..images).step_by(together);
+            let tile = |start| Tile { images: start..(start + together).min(images), output: 0, places: 0..places };
+            return starts.map(tile).collect();
+        }
         let width = places.div_ceil(places.div_ceil(TILE));
-        (0..outputs).flat_map(move |output| {
-            let starts = (0..places).step_by(width);
-            starts.map(move |start| Tile { image, output, places: start..(start + width).min(places) })
-        })
+        let of_image = |image: usize| {
+            (0..outputs).flat_map(move |output| {
+                let starts = (0..places).step_by(width);
+                let ends = move |start: usize| (start + width).min(places);
+                starts.map(move |start| Tile { images: image..image + 1, output, places: start..ends(start) })
+            })
+        };
+        (0..images).flat_map(of_image).collect()
+    }
+
+    /// Places from one image of a tile to the next.
+    fn pitch(&self, tile: &Tile) -> usize {
+        tile.places.len() + reach(&self.taps)
     }
 
     /// How many outputs lie before a place.
@@ -116,56 +131,74 @@ impl Shifts {
         outputs: Vec<ArrayViewMut3<'_, T>>,
     ) {
         let images = inputs[0].len_of(Axis(0));
-        let tiles = (0..images).flat_map(|image| self.tiles(image));
-        let mut tasks: Vec<(Tile, Vec<ArrayViewMut2<'_, T>>)> = tiles.map(|tile| (tile, Vec::new())).collect();
-        let of_image = (tasks.len() / images.max(1)).max(1);
+        // Of every tile the outputs, and of each of those what belongs to its images.
+        let mut tasks: Vec<(Tile, Vec<Vec<ArrayViewMut2<'_, T>>>)> =
+            self.tiles(images).into_iter().map(|tile| (tile, Vec::new())).collect();
         for output in outputs {
-            for (mut rest, tasks) in output.into_outer_iter_mut().zip(tasks.chunks_mut(of_image)) {
-                for (Tile { places, .. }, outputs) in tasks {
-                    let length = self.outputs_before(places.end) - self.outputs_before(places.start);
-                    let (output, after) = rest.split_at(Axis(1), length);
-                    outputs.push(output);
+            let mut tasks = tasks.iter_mut().peekable();
+            let mut images = output.into_outer_iter_mut();
+            while let Some((Tile { images: of_tile, places, .. }, outputs)) = tasks.next() {
+                if of_tile.len() > 1 {
+                    outputs.push(images.by_ref().take(of_tile.len()).collect());
+                    continue;
+                }
+                let length =
+                    |places: &Range<usize>| self.outputs_before(places.end) - self.outputs_before(places.start);
+                let (output, mut rest) = images.next().expect("an image").split_at(Axis(1), length(places));
+                outputs.push(vec![output]);
+                while let Some((Tile { places, .. }, outputs)) = tasks.next_if(|(next, _)| next.images == *of_tile) {
+                    let (output, after) = rest.split_at(Axis(1), length(places));
+                    outputs.push(vec![output]);
                     rest = after;
                 }
             }
         }
-        let widest = tasks.iter().map(|(tile, _)| tile.places.len()).max().unwrap_or(0);
+        let widest = tasks.iter().map(|(tile, _)| tile.images.len() * self.pitch(tile)).max().unwrap_or(0);
         let (_, rows, channels) = weights[0].dim();
         let scratch = || {
-            let band = Array2::zeros((self.sheets.len() * channels, widest + reach(&self.taps)));
+            let band = Array2::zeros((self.sheets.len() * channels, widest));
             (band, Array2::zeros((rows, widest)))
         };
         run_tasks(tasks, scratch, |(band, products), (tile, mut outputs)| {
-            let products = &mut products.slice_axis_mut(Axis(1), Slice::from(0..tile.places.len()));
+            let pitch = self.pitch(&tile);
+            let places = tile.images.len() * pitch - reach(&self.taps);
+            let products = &mut products.slice_axis_mut(Axis(1), Slice::from(0..places));
             for (q, weight) in weights.iter().enumerate() {
                 let of_group = |values: ArrayView2<'_, T>| group_slice(q, weights.len(), values.nrows());
-                let images = inputs.iter().map(|input| input.index_axis_move(Axis(0), tile.image));
-                let images = images.map(|image| image.slice_axis_move(Axis(0), of_group(image)));
-                self.fill(&tile, images, band);
+                for (nth, image) in tile.images.clone().enumerate() {
+                    let images = inputs.iter().map(|input| input.index_axis_move(Axis(0), image));
+                    let images = images.map(|image| image.slice_axis_move(Axis(0), of_group(image)));
+                    let band = band.slice_axis_mut(Axis(1), Slice::from(nth * pitch..(nth + 1) * pitch));
+                    self.fill(&tile, images, band);
+                }
                 self.multiply(weight.view(), band.view(), products.view_mut());
                 let mut rows = products.outer_iter();
-                for output in &mut outputs {
-                    let units = of_group(output.view());
-                    let units = output.slice_axis_mut(Axis(0), units);
-                    for (output, products) in units.into_outer_iter_mut().zip(&mut rows) {
-                        let products = products.to_slice().expect("contiguous rows");
-                        self.store(&tile, products, output.into_slice().expect("contiguous rows"));
+                for images in &mut outputs {
+                    let units = of_group(images[0].view());
+                    let products: Vec<_> = rows.by_ref().take(images[0].nrows() / weights.len()).collect();
+                    for (nth, output) in images.iter_mut().enumerate() {
+                        let units = output.slice_axis_mut(Axis(0), units);
+                        for (output, products) in units.into_outer_iter_mut().zip(&products) {
+                            let products = &products.to_slice().expect("contiguous rows")[nth * pitch..];
+                            let products = &products[..tile.places.len()];
+                            self.store(&tile, products, output.into_slice().expect("contiguous rows"));
+                        }
                     }
                 }
             }
         });
     }
 
-    /// The padded input that a tile reads, `[sheets * channels, places]`.
+    /// The padded input that a tile reads of one image, `[sheets * channels, places]`.
     fn fill<'a, T: Scalar>(
         &self,
         tile: &Tile,
         images: impl Iterator<Item = ArrayView2<'a, T>> + Clone,
-        band: &mut Array2<T>,
+        band: ArrayViewMut2<'_, T>,
     ) {
         let [outer, lines, columns] = &self.axes;
-        let length = tile.places.len() + reach(&self.taps);
-        let mut rows = band.outer_iter_mut();
+        let length = self.pitch(tile);
+        let mut rows = band.into_outer_iter_mut();
         for &[k, line_remainder, remainder] in &self.sheets {
             let sheet = self.sources[0][tile.output * outer.stride + k * outer.dilation];
             let inside = columns.inside_of(remainder);
