@@ -104,4 +104,13 @@ impl Real for Counted {
         let root = self.value.sqrt();
         Self::made(root, root * root == self.value, self.worst)
     }
+    fn exp(self) -> Self {
+        Self::made(self.value.exp(), self.value == 0.0, self.worst)
+    }
+    fn ln(self) -> Self {
+        Self::made(self.value.ln(), self.value == 1.0, self.worst)
+    }
+    fn erf(self) -> Self {
+        Self::made(Real::erf(self.value), self.value == 0.0, self.worst)
+    }
 }

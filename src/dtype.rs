@@ -95,6 +95,11 @@ impl Dtype {
         Storage { smallest_normal: power_of_two(self.least_exponent()), chain, total_chain }
     }
 
+    /// The type that numbers of this kind are stored in without loss.
+    pub(crate) fn of_scalar<T: crate::Scalar>() -> Self {
+        if T::NAME == "f32" { Self::F32 } else { Self::F64 }
+    }
+
     /// The one that a file calls this; `None` for a type that is none of these.
     pub(crate) fn of(stored: safetensors::Dtype) -> Option<Self> {
         Self::ALL.into_iter().find(|&dtype| safetensors::Dtype::from(dtype) == stored)

@@ -8,10 +8,12 @@
 //! assert_eq!((y.re, y.eps), (4.0, 3.0 / 4.0));
 //! ```
 
+use crate::scalar::erf_slope;
 use crate::{Real, Result};
 use ndarray::ArrayD;
 use num_dual::{Dual64, DualNum};
 use std::collections::BTreeMap;
+use std::ops::{Add, Div, Mul, Sub};
 
 /// A dual number over f64: the value `re` and its derivative `eps`.
 pub type Dual = Dual64;
@@ -34,5 +36,73 @@ impl Real for Dual {
     }
     fn sqrt(self) -> Self {
         DualNum::sqrt(&self)
+    }
+    fn exp(self) -> Self {
+        DualNum::exp(&self)
+    }
+    fn ln(self) -> Self {
+        DualNum::ln(&self)
+    }
+    fn erf(self) -> Self {
+        Dual::new(Real::erf(self.re), self.eps * erf_slope(self.re))
+    }
+}
+
+/// A dual number over any numbers: over [`Rounded`](crate::Rounded) ones it tells how far off a derivative may be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DualOver<R> {
+    pub re: R,
+    pub eps: R,
+}
+
+impl<R: Real> Add for DualOver<R> {
+    type Output = Self;
+    fn add(self, other: Self) -> Self {
+        Self { re: self.re + other.re, eps: self.eps + other.eps }
+    }
+}
+
+impl<R: Real> Sub for DualOver<R> {
+    type Output = Self;
+    fn sub(self, other: Self) -> Self {
+        Self { re: self.re - other.re, eps: self.eps - other.eps }
+    }
+}
+
+impl<R: Real> Mul for DualOver<R> {
+    type Output = Self;
+    fn mul(self, other: Self) -> Self {
+        Self { re: self.re * other.re, eps: self.eps * other.re + self.re * other.eps }
+    }
+}
+
+impl<R: Real> Div for DualOver<R> {
+    type Output = Self;
+    fn div(self, other: Self) -> Self {
+        let re = self.re / other.re;
+        Self { re, eps: (self.eps - re * other.eps) / other.re }
+    }
+}
+
+impl<R: Real> Real for DualOver<R> {
+    fn constant(value: f64) -> Self {
+        Self { re: R::constant(value), eps: R::constant(0.0) }
+    }
+    fn value(self) -> f64 {
+        self.re.value()
+    }
+    fn sqrt(self) -> Self {
+        let re = self.re.sqrt();
+        Self { re, eps: self.eps / (re + re) }
+    }
+    fn exp(self) -> Self {
+        let re = self.re.exp();
+        Self { re, eps: self.eps * re }
+    }
+    fn ln(self) -> Self {
+        Self { re: self.re.ln(), eps: self.eps / self.re }
+    }
+    fn erf(self) -> Self {
+        Self { re: self.re.erf(), eps: self.eps * erf_slope(self.re) }
     }
 }

@@ -65,6 +65,16 @@ pub enum Error {
         /// What stands there.
         found: i64,
     },
+    /// A class that the model does not know (SPEC.md, C9).
+    #[error("targets{index:?}: expected a class from 0 to below {classes}, found {found}")]
+    ClassOutOfRange {
+        /// Where.
+        index: Vec<usize>,
+        /// How many there are.
+        classes: usize,
+        /// What stands there.
+        found: i64,
+    },
     /// `||V|| = 0`: the unit has no direction (SPEC.md, C5).
     #[error(
         "weight_norm[{unit}]: expected ||V|| > 0, found 0: the unit has no direction (zero_norm = \"zero\" makes it a zero row)"
@@ -92,6 +102,34 @@ pub enum Error {
         expected: String,
         /// Its value.
         found: String,
+    },
+    /// Something is wrong with or within a module of a model.
+    #[error("{module}: {source}")]
+    Module {
+        /// The module's name in the model.
+        module: String,
+        /// What is wrong.
+        source: Box<Error>,
+    },
+    /// Training went wrong: the loss is not finite, or many times what it was.
+    #[error("{stage}, step {step}: expected a loss that is finite and does not explode, found {loss}: {what}")]
+    Diverged {
+        /// The stage.
+        stage: String,
+        /// The step, counted from 1.
+        step: usize,
+        /// The loss.
+        loss: f64,
+        /// The first tensor that is wrong.
+        what: String,
+    },
+    /// Somebody stopped a run, which is saved.
+    #[error("{stage}: interrupted after step {step}, which is saved (--resume goes on)")]
+    Interrupted {
+        /// The stage.
+        stage: String,
+        /// Steps taken.
+        step: usize,
     },
     /// A file cannot be read, or is not what it should be.
     #[error("{}: {message}", path.display())]

@@ -23,6 +23,7 @@ pub mod cases;
 pub mod gradcheck;
 pub mod matmul;
 pub mod mistakes;
+pub mod modules;
 pub mod operators;
 pub mod oracle;
 pub mod peft;
@@ -30,6 +31,7 @@ pub mod registry;
 pub mod tensor_file;
 pub mod tensor_writer;
 pub mod traced;
+pub mod train;
 pub mod wora;
 
 mod counted;

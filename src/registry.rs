@@ -1,5 +1,5 @@
 //! The list of layers. Everything that checks, verifies, writes, times or explains iterates it: a new layer
-//! is one line here.
+//! is one line here. The modules beside them are listed in `modules/settings.rs`, and checked with them.
 //!
 //! ```
 //! let names: Vec<_> = woracle::registry::LAYERS.iter().map(|layer| layer.name()).collect();
@@ -8,7 +8,7 @@
 
 use crate::bench::{StepOf, TrainingStep};
 use crate::case::{Case, Tensor, Tensors, Values};
-use crate::cases::{CONV1D, CONV2D, CONV3D, EMBEDDING, LINEAR, Spec, Twist, draw};
+use crate::cases::{CONV1D, CONV2D, CONV3D, EMBEDDING, LINEAR, MODULES, ModuleSpec, Spec, Twist, draw};
 use crate::error::check_shape;
 use crate::mistakes::{Anchor, Evaluated, Formula, FormulaResults, Mistake, Spoiling, TracedForward, results};
 use crate::operators::{Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operator, in_standard_layout};
@@ -48,6 +48,30 @@ pub fn layer(name: &str) -> Result<&'static dyn Subject> {
 /// Every case of every layer.
 pub fn specs() -> impl Iterator<Item = (&'static dyn Subject, &'static Spec)> {
     LAYERS.iter().flat_map(|&layer| layer.specs().iter().map(move |spec| (layer, spec)))
+}
+
+/// Something that is checked: a case of a layer, or of a module or a loss.
+#[derive(Clone, Copy)]
+pub enum Entry {
+    /// A case of a layer.
+    Layer(&'static dyn Subject, &'static Spec),
+    /// A case of a module or a loss.
+    Module(&'static ModuleSpec),
+}
+
+impl Entry {
+    /// The case's name.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Layer(_, spec) => spec.name,
+            Self::Module(spec) => spec.name,
+        }
+    }
+}
+
+/// Everything that is checked.
+pub fn entries() -> impl Iterator<Item = Entry> {
+    specs().map(|(layer, spec)| Entry::Layer(layer, spec)).chain(MODULES.iter().map(Entry::Module))
 }
 
 /// The one whose name the filter is, or all whose names contain it; `what` says what it is a part of.

@@ -11,6 +11,7 @@
 //! ```
 
 use crate::Real;
+use crate::scalar::erf_slope;
 use std::ops::{Add, Div, Mul, Sub};
 
 /// A value and its rounding error, as a root of summed squares in unit roundoffs.
@@ -38,6 +39,11 @@ impl Rounded {
     /// number much smaller than this is the small difference of large ones.
     pub fn size(self) -> f64 {
         self.terms.max(self.value * self.value).sqrt()
+    }
+
+    /// A function of it with this value and slope, rounded once. What its argument was summed up from says nothing of it.
+    fn mapped(self, value: f64, slope: f64) -> Self {
+        Self { value, terms: value * value, errors: self.errors * slope * slope + value * value }
     }
 
     fn sum(self, other: Self, value: f64) -> Self {
@@ -99,5 +105,15 @@ impl Real for Rounded {
         // The error of a root is that of its argument over twice the root; the root of 0 is exact.
         let errors = if square == 0.0 { 0.0 } else { self.errors / (4.0 * square) + square };
         Self { value: square.sqrt(), terms: square, errors }
+    }
+    fn exp(self) -> Self {
+        let value = self.value.exp();
+        self.mapped(value, value)
+    }
+    fn ln(self) -> Self {
+        self.mapped(self.value.ln(), 1.0 / self.value)
+    }
+    fn erf(self) -> Self {
+        self.mapped(Real::erf(self.value), erf_slope(self.value))
     }
 }

@@ -6,6 +6,7 @@
 
 use crate::operators::PARALLEL_ELEMENTS;
 use ndarray::{ArcArray, IxDyn, Zip};
+use rten_simd::SimdUnaryOp;
 use std::ops::{Add, Div, Mul, Sub};
 
 mod sealed {
@@ -24,6 +25,12 @@ pub trait Scalar: ndarray::NdFloat + faer::traits::ComplexField + sealed::Sealed
     fn from_f64(value: f64) -> Self;
     /// The same number in f64, exactly.
     fn as_f64(self) -> f64;
+    /// The error function.
+    fn erf(self) -> Self;
+    /// e to the power of each.
+    fn exp_each(values: &mut [Self]);
+    /// The hyperbolic tangent of each.
+    fn tanh_each(values: &mut [Self]);
     /// The nearest numbers of this type: the same memory where they are the same numbers.
     fn from_shared(values: &ArcArray<f64, IxDyn>) -> ArcArray<Self, IxDyn>;
 }
@@ -36,6 +43,15 @@ impl Scalar for f32 {
     }
     fn as_f64(self) -> f64 {
         f64::from(self)
+    }
+    fn erf(self) -> Self {
+        libm::erff(self)
+    }
+    fn exp_each(values: &mut [Self]) {
+        rten_vecmath::Exp {}.map_mut(values);
+    }
+    fn tanh_each(values: &mut [Self]) {
+        rten_vecmath::Tanh {}.map_mut(values);
     }
     fn from_shared(values: &ArcArray<f64, IxDyn>) -> ArcArray<Self, IxDyn> {
         let narrow = |&value: &f64| value as f32;
@@ -55,6 +71,15 @@ impl Scalar for f64 {
     }
     fn as_f64(self) -> f64 {
         self
+    }
+    fn erf(self) -> Self {
+        libm::erf(self)
+    }
+    fn exp_each(values: &mut [Self]) {
+        values.iter_mut().for_each(|value| *value = value.exp());
+    }
+    fn tanh_each(values: &mut [Self]) {
+        values.iter_mut().for_each(|value| *value = value.tanh());
     }
     fn from_shared(values: &ArcArray<f64, IxDyn>) -> ArcArray<Self, IxDyn> {
         values.clone()
@@ -80,6 +105,17 @@ pub trait Real:
     }
     /// The square root.
     fn sqrt(self) -> Self;
+    /// e to this power.
+    fn exp(self) -> Self;
+    /// The natural logarithm.
+    fn ln(self) -> Self;
+    /// The error function, `2 / sqrt(pi)` times the integral of `exp(-t^2)` from 0 on.
+    fn erf(self) -> Self;
+}
+
+/// The derivative of [`Real::erf`]: `2 / sqrt(pi) exp(-x^2)`.
+pub(crate) fn erf_slope<R: Real>(x: R) -> R {
+    R::constant(std::f64::consts::FRAC_2_SQRT_PI) * (R::constant(0.0) - x * x).exp()
 }
 
 impl Real for f64 {
@@ -91,5 +127,14 @@ impl Real for f64 {
     }
     fn sqrt(self) -> Self {
         self.sqrt()
+    }
+    fn exp(self) -> Self {
+        self.exp()
+    }
+    fn ln(self) -> Self {
+        self.ln()
+    }
+    fn erf(self) -> Self {
+        libm::erf(self)
     }
 }

@@ -16,6 +16,7 @@
 //! ```
 
 use crate::case::Tensors;
+use crate::scalar::erf_slope;
 use crate::{Real, Result};
 use ndarray::ArrayD;
 use std::cell::RefCell;
@@ -158,6 +159,16 @@ impl Real for Traced {
     fn sqrt(self) -> Self {
         let root = self.value.sqrt();
         Self::new(root, [self.node, CONSTANT], [0.5 / root, 0.0])
+    }
+    fn exp(self) -> Self {
+        let value = self.value.exp();
+        Self::new(value, [self.node, CONSTANT], [value, 0.0])
+    }
+    fn ln(self) -> Self {
+        Self::new(self.value.ln(), [self.node, CONSTANT], [1.0 / self.value, 0.0])
+    }
+    fn erf(self) -> Self {
+        Self::new(Real::erf(self.value), [self.node, CONSTANT], [erf_slope(self.value), 0.0])
     }
 }
 

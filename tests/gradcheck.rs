@@ -6,11 +6,12 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use woracle::bench::TrainingStep;
 use woracle::case::{Case, Tensor, Tensors};
-use woracle::cases::Spec;
+use woracle::cases::{MODULES, Spec};
 use woracle::gradcheck::{
     CaseReport, Estimate, Function, Options, Place, TensorReport, Verdict, Witness, check, gradcheck, ladder,
 };
 use woracle::mistakes::{Formula, TracedForward};
+use woracle::modules::Settings;
 use woracle::registry::{Forward, LAYERS, Precision, RoundTrip, Subject, layer};
 use woracle::wora::{Config, Method, NormGradient, Storage};
 use woracle::{Dual, DualForward, Result, Rounded};
@@ -977,7 +978,12 @@ fn the_list_is_one_case_a_line_that_begins_with_its_layer() {
     let (code, text) = wora(&["check", "--list"]);
     assert_eq!(code, 0);
     let names: Vec<&str> = text.lines().collect();
-    assert_eq!(names.len(), LAYERS.iter().map(|layer| layer.specs().len()).sum::<usize>());
+    let of_layers: usize = LAYERS.iter().map(|layer| layer.specs().len()).sum();
+    assert_eq!(names.len(), of_layers + MODULES.len());
+    for name in Settings::TYPES {
+        let module = format!("module-{name}");
+        assert!(names.iter().any(|name| name.starts_with(&module)), "{module} has no case");
+    }
     for layer in LAYERS {
         assert!(names.iter().filter(|name| name.starts_with(layer.name())).count() >= 12, "{}", layer.name());
     }

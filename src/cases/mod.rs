@@ -3,10 +3,12 @@
 mod conv;
 mod embedding;
 mod linear;
+mod modules;
 
 pub use conv::{CONV1D, CONV2D, CONV3D};
 pub use embedding::EMBEDDING;
 pub use linear::LINEAR;
+pub use modules::{MODULES, ModuleCase, ModuleSpec, Numbers, Of, Relation};
 
 use crate::case::{Case, Tensor};
 use crate::operators::{Input, Operator};
@@ -126,6 +128,12 @@ impl Draw {
         Self(Pcg64::seed_from_u64(seed))
     }
 
+    /// The numbers of a case of this name: adding a case changes no other.
+    pub(crate) fn named(name: &str, seed: u64) -> Self {
+        let hash = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        Self::new(seed ^ name.bytes().fold(0xcbf2_9ce4_8422_2325, hash))
+    }
+
     pub(crate) fn array(&mut self, shape: &[usize], mut map: impl FnMut(f64) -> f64) -> ArrayD<f64> {
         ArrayD::from_shape_simple_fn(shape, || map((self.0.next_u64() >> 43) as f64 * 2f64.powi(-20) - 1.0))
     }
@@ -152,11 +160,7 @@ fn ternary(v: f64) -> f64 {
 ///
 /// If the spec contradicts itself.
 pub fn draw<O: Operator>(spec: &Spec, layer: &str, seed: u64, attempt: u64) -> Case {
-    let name_hash = spec
-        .name
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
-    let mut draw = Draw::new(seed ^ name_hash ^ (attempt << 32));
+    let mut draw = Draw::named(spec.name, seed ^ (attempt << 32));
     let exact = spec.twist == Twist::Exact;
     let mut settings: Map<String, Value> = serde_json::from_str(spec.operator).expect("JSON in a spec");
     let parsed = serde_json::from_value(settings.clone().into()).expect("settings in a spec");

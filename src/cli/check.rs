@@ -1,13 +1,13 @@
-//! `wora check [FILTER]`: the hand-derived backward of every layer against its witnesses.
+//! `wora check [FILTER]`: the hand-derived backward of every layer and module against its witnesses.
 
 use super::{Outcome, list, mistakes, print, progress, table};
 use rayon::prelude::*;
 use serde_json::json;
 use woracle::Result;
-use woracle::gradcheck::{CaseReport, Identity, Options, Verdict, Witness, check};
-use woracle::registry::{Subject, choose, specs};
+use woracle::gradcheck::{CaseReport, Identity, Options, Verdict, Witness, check_entry};
+use woracle::registry::{Entry, choose, entries};
 
-/// Check every layer's forward and backward against the definition, differences, dual numbers and identities.
+/// Check every layer's and module's forward and backward against the definition, differences, dual numbers and identities.
 #[derive(clap::Args)]
 pub struct Args {
     /// Only the case of this name, or the cases whose names contain this
@@ -38,13 +38,13 @@ pub fn run(args: Args) -> Result<Outcome> {
     if args.mistakes {
         return mistakes::run(filter, args.seed, args.verbose, args.json);
     }
-    let chosen = choose(specs().collect(), filter, |(_, spec)| spec.name, "a case's name (wora check --list)")?;
+    let chosen = choose(entries().collect(), filter, |entry| entry.name(), "a case's name (wora check --list)")?;
     if args.list {
-        return list(chosen.iter().map(|(_, spec)| spec.name), args.json);
+        return list(chosen.iter().map(Entry::name), args.json);
     }
     let bar = progress(chosen.len());
-    let one = |(layer, spec): (&dyn Subject, _)| {
-        let report = check(layer, &layer.draw(spec, args.seed), Options { seed: args.seed, ..Options::default() });
+    let one = |entry: Entry| {
+        let report = check_entry(entry, Options { seed: args.seed, ..Options::default() });
         bar.set_message(report.name.clone());
         bar.inc(1);
         report
@@ -128,7 +128,7 @@ fn as_table(reports: &[CaseReport]) -> String {
     };
     format!(
         "{table}\nEach witness: the error at the worst element, of the budget for it; --verbose has the values. \
-         E49 to E54: the identities of SPEC.md, section 8.3.\n\
+         E49 to E54 and E125 to E131: the identities of SPEC.md, sections 8.3 and 13.11.\n\
          Largest error in parts of the terms that a number is the sum of: \
          differences {}, duals {}, identities {}.",
         of(Witness::Differences),

@@ -3,11 +3,13 @@
 
 mod bench;
 mod check;
+mod compare;
 mod escape;
 mod golden;
 mod inspect;
 mod merge;
 mod mistakes;
+mod train;
 mod unmerge;
 mod verify;
 
@@ -31,9 +33,11 @@ struct Cli {
 enum Command {
     Bench(bench::Args),
     Check(check::Args),
+    Compare(compare::Args),
     Golden(golden::Args),
     Inspect(inspect::Args),
     Merge(merge::Args),
+    Train(train::Args),
     Unmerge(unmerge::Args),
     Verify(verify::Args),
 }
@@ -61,9 +65,11 @@ pub fn run() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Bench(args) => bench::run(args),
         Command::Check(args) => check::run(args),
+        Command::Compare(args) => compare::run(args),
         Command::Golden(args) => golden::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Merge(args) => merge::run(args),
+        Command::Train(args) => train::run(args),
         Command::Unmerge(args) => unmerge::run(args),
         Command::Verify(args) => verify::run(args),
     };
@@ -121,9 +127,8 @@ fn progress_in_bytes(length: u64) -> ProgressBar {
     bar
 }
 
-/// Counts written bytes on a bar, until a signal asks for an end: what is half written is then taken away. A second
-/// signal ends the process at once.
-fn counting<'b>(bar: &'b ProgressBar, out: &'b Path) -> impl Fn(u64) -> woracle::Result<()> + Sync + 'b {
+/// Becomes true when a signal asks for an end. A second signal ends the process at once.
+fn stop_signal() -> std::sync::Arc<AtomicBool> {
     let stop = std::sync::Arc::new(AtomicBool::new(false));
     #[cfg(unix)]
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
@@ -131,6 +136,31 @@ fn counting<'b>(bar: &'b ProgressBar, out: &'b Path) -> impl Fn(u64) -> woracle:
         let _ = signal_hook::flag::register_conditional_shutdown(signal, 2, stop.clone());
         let _ = signal_hook::flag::register(signal, stop.clone());
     }
+    stop
+}
+
+/// More threads than any machine has cores would only wait for each other.
+const MOST_THREADS: usize = 1024;
+
+/// Runs work on so many threads; on all there are where nothing is said.
+fn on_threads<Out: Send>(threads: Option<usize>, work: impl FnOnce() -> Out + Send) -> woracle::Result<Out> {
+    // Within the pool no product waits for a thread to wake.
+    let Some(threads) = threads else { return Ok(rayon::scope(|_| work())) };
+    let refuse = |found: String| {
+        let expected = format!("a number from 1 to {MOST_THREADS}");
+        woracle::Error::Setting { name: "--threads", expected, found }
+    };
+    if !(1..=MOST_THREADS).contains(&threads) {
+        return Err(refuse(threads.to_string()));
+    }
+    let pool =
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(|error| refuse(error.to_string()))?;
+    Ok(pool.install(work))
+}
+
+/// Counts written bytes on a bar, until a signal asks for an end: what is half written is then taken away.
+fn counting<'b>(bar: &'b ProgressBar, out: &'b Path) -> impl Fn(u64) -> woracle::Result<()> + Sync + 'b {
+    let stop = stop_signal();
     move |bytes| {
         bar.inc(bytes);
         if stop.load(Ordering::Relaxed) {

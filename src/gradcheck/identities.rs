@@ -36,6 +36,25 @@ pub struct Identity {
     pub size: f64,
 }
 
+impl Identity {
+    /// Two sides, each by the results under test and on numbers that estimate their rounding. One whose every term is 0
+    /// says nothing.
+    pub(super) fn judged(
+        label: &'static str,
+        equation: String,
+        (left, of_left): (f64, Rounded),
+        (right, of_right): (f64, Rounded),
+    ) -> Option<Self> {
+        let difference = of_left - of_right;
+        let (budget, size) = (SLACK * f64::UNIT_ROUNDOFF * difference.roundings(), difference.size());
+        if size == 0.0 && left == 0.0 && right == 0.0 {
+            return None;
+        }
+        let (verdict, error) = (judge(left, right, budget, RESOLUTION * size), distance(left, right));
+        Some(Self { label, equation, verdict, left, right, error, budget, size })
+    }
+}
+
 /// A signed sum of inner products `<d tensor, tensor>`; `y` stands for `<dy, y>`.
 type Side = Vec<(f64, &'static str)>;
 
@@ -94,13 +113,7 @@ pub(super) fn identities(
         let equation = format!("{} = {}", in_words(&left), in_words(&right));
         let sides = (value(case, ours, expected, &left)?, value(case, ours, expected, &right)?);
         let (Some((left, of_left)), Some((right, of_right))) = sides else { continue };
-        let difference = of_left - of_right;
-        let (budget, size) = (SLACK * f64::UNIT_ROUNDOFF * difference.roundings(), difference.size());
-        if size == 0.0 && left == 0.0 && right == 0.0 {
-            continue;
-        }
-        let (verdict, error) = (judge(left, right, budget, RESOLUTION * size), distance(left, right));
-        all.push(Identity { label, equation, verdict, left, right, error, budget, size });
+        all.extend(Identity::judged(label, equation, (left, of_left), (right, of_right)));
     }
     Ok(all)
 }

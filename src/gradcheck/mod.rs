@@ -39,6 +39,7 @@ mod differences;
 mod duals;
 mod function;
 mod identities;
+mod modules;
 mod report;
 mod trial;
 
@@ -46,6 +47,7 @@ pub use comparison::{Comparison, Element, Place, Said, TensorReport, Verdict, Wi
 pub use differences::{Estimate, Rung, ladder};
 pub use function::{Function, gradcheck};
 pub use identities::Identity;
+pub use modules::{check_entry, check_module};
 pub use report::{CaseReport, Law};
 pub use trial::{Trial, check_mistake, try_mistake};
 
@@ -112,6 +114,27 @@ fn examine(subject: &dyn Subject, case: &Case, options: Options) -> Result<Found
     let survey =
         Survey { function: &layer, inputs: &inputs, cotangent: &cotangent, y: &y, expected: Some(&expected), options };
 
+    let tensors = testify([&ours, &single, &defined], &survey)?;
+    let mut laws = vec![
+        Law::same_bits(&ours, &subject.evaluate(case, Precision::F64)?),
+        Law { name: "inputs are left as they were", holds: *case == before },
+    ];
+    if matches!(case.tensors.get("x"), Some(Tensor::Int(_))) {
+        laws.push(Law { name: "ids get no gradient", holds: !ours.contains_key("grad.x") });
+    }
+    if case.settings::<Config>()?.has_norm() {
+        laws.push(Law {
+            name: "detached and full gradient differ",
+            holds: norm_counts(subject, case, &defined, &expected)?,
+        });
+    }
+    Ok(Found { tensors, identities, laws })
+}
+
+/// Results by the production path in f64 and in f32 and by the definition, tensor by tensor before every witness. What
+/// there should be is what the survey expects.
+fn testify([ours, single, defined]: [&Tensors; 3], survey: &Survey<'_>) -> Result<Vec<TensorReport>> {
+    let (inputs, expected) = (survey.inputs, survey.expected.expect("results with their rounding"));
     let mut tensors = Vec::new();
     let names = [ours.keys(), single.keys(), defined.keys()].into_iter().flatten();
     let due = inputs.keys().map(|name| format!("grad.{name}"));
@@ -120,7 +143,7 @@ fn examine(subject: &dyn Subject, case: &Case, options: Options) -> Result<Found
             Some(tensor) => inputs.get(tensor).map(ArrayD::shape),
             None => expected.get(&name).map(ArrayD::shape),
         };
-        let sides = [&ours, &single, &defined].map(|all| all.get(&name));
+        let sides = [ours, single, defined].map(|all| all.get(&name));
         let [Some(ours), Some(single), Some(defined)] =
             sides.map(|side| side.filter(|side| Some(side.shape()) == shape))
         else {
@@ -142,21 +165,7 @@ fn examine(subject: &dyn Subject, case: &Case, options: Options) -> Result<Found
         tensors.push(TensorReport::new(name, &shape, testimonies));
     }
     tensors.sort_by_key(|tensor| tensor.name.starts_with("grad."));
-
-    let mut laws = vec![
-        Law::same_bits(&ours, &subject.evaluate(case, Precision::F64)?),
-        Law { name: "inputs are left as they were", holds: *case == before },
-    ];
-    if matches!(case.tensors.get("x"), Some(Tensor::Int(_))) {
-        laws.push(Law { name: "ids get no gradient", holds: !ours.contains_key("grad.x") });
-    }
-    if case.settings::<Config>()?.has_norm() {
-        laws.push(Law {
-            name: "detached and full gradient differ",
-            holds: norm_counts(subject, case, &defined, &expected)?,
-        });
-    }
-    Ok(Found { tensors, identities, laws })
+    Ok(tensors)
 }
 
 /// Whether a gradient is so different with the other treatment of the norm that the one cannot pass for the other.

@@ -111,7 +111,7 @@ impl Default for ConvSettings {
 }
 
 impl Extents {
-    fn each<const N: usize>(&self, name: &'static str, least: usize) -> Result<[usize; N]> {
+    pub(crate) fn each<const N: usize>(&self, name: &'static str, least: usize) -> Result<[usize; N]> {
         let each = match self {
             Self::All(value) => [*value; N],
             Self::Each(values) => {

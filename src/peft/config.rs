@@ -228,6 +228,16 @@ impl AdapterConfig {
         names(&self.known.modules_to_save)
     }
 
+    /// The patterns of modules that have ranks of their own.
+    pub(crate) fn rank_patterns(&self) -> impl Iterator<Item = &Regex> {
+        self.rank_pattern.iter().map(|(pattern, _)| pattern)
+    }
+
+    /// The patterns of modules that have a `lora_alpha` of their own.
+    pub(crate) fn alpha_patterns(&self) -> impl Iterator<Item = &Regex> {
+        self.alpha_pattern.iter().map(|(pattern, _)| pattern)
+    }
+
     /// The rank of a module.
     pub fn rank(&self, module: &str) -> usize {
         first(&self.rank_pattern, module).unwrap_or(self.known.r as usize)

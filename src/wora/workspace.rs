@@ -39,7 +39,7 @@ impl<T> Default for Workspace<T> {
 
 impl<T: Scalar> Workspace<T> {
     /// An array of this shape, in standard layout, whose values are whatever was there.
-    pub(super) fn array<D: Dimension>(&self, shape: D) -> Array<T, D> {
+    pub(crate) fn array<D: Dimension>(&self, shape: D) -> Array<T, D> {
         let length = shape.size();
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         let fits = |(_, memory): &(usize, &Vec<T>)| memory.len() >= length && memory.len() / 2 <= length;

@@ -1,0 +1,187 @@
+//! Activations: functions of each element alone. SPEC.md, section 13.1.
+
+use super::{Back, Described, Find, Forward, Module, Pass, Signal, defined};
+use crate::operators::{PARALLEL_ELEMENTS, in_standard_layout};
+use crate::{Real, Result, Scalar};
+use ndarray::ArrayD;
+use rand_pcg::Pcg64;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+/// So many elements are one task.
+const CHUNK: usize = 1 << 13;
+
+/// Changes chunks of some values beside those of others, on all threads where there are many.
+fn in_chunks<T: Scalar>(values: &mut ArrayD<T>, beside: &ArrayD<T>, change: impl Fn(&mut [T], &[T]) + Sync) {
+    let elements = values.len();
+    let values = values.as_slice_mut().expect("standard layout");
+    let beside = beside.as_slice().expect("standard layout");
+    if elements < PARALLEL_ELEMENTS {
+        change(values, beside);
+    } else {
+        let beside = beside.par_chunks(CHUNK);
+        values.par_chunks_mut(CHUNK).zip(beside).for_each(|(values, beside)| change(values, beside));
+    }
+}
+
+/// Multiplies every element of dy by a slope that depends on what was kept.
+fn times<T: Scalar>(dy: ArrayD<T>, kept: &ArrayD<T>, slope: impl Fn(T) -> T + Sync) -> ArrayD<T> {
+    let mut dx = in_standard_layout(dy);
+    in_chunks(&mut dx, kept, |dx, kept| dx.iter_mut().zip(kept).for_each(|(dx, &kept)| *dx *= slope(kept)));
+    dx
+}
+
+/// PyTorch's `nn.ReLU`: `y = max(x, 0)`, of any shape.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Relu {}
+
+impl<T: Scalar> Module<T> for Relu {
+    fn forward<'m>(&'m self, x: Signal<T>, _: &Pass<'m, T>) -> Result<Forward<'m, T>> {
+        let x = in_standard_layout(x.values()?);
+        let mut y = x.clone();
+        // A comparison that keeps NaN: what is wrong must be seen.
+        let positive = |x: T| if x <= T::zero() { T::zero() } else { x };
+        in_chunks(&mut y, &x, |y, x| y.iter_mut().zip(x).for_each(|(y, &x)| *y = positive(x))); // E81
+        let slope = |x| if x > T::zero() { T::one() } else { T::zero() };
+        Ok((y, Box::new(move |dy| Ok(Back::of_input(times(dy, &x, slope)))))) // E82
+    }
+}
+
+impl Described for Relu {
+    fn build<T: Scalar>(&self, _: &mut Pcg64) -> Result<Box<dyn Module<T>>> {
+        Ok(Box::new(*self))
+    }
+    fn define<R: Real>(&self, x: Signal<R>, _: Find<'_, R>) -> ArrayD<R> {
+        defined(x).mapv(|x| if x.value() > 0.0 { x } else { R::constant(0.0) }) // E81
+    }
+}
+
+/// Which GELU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Approximate {
+    /// `x Phi(x)` with the error function.
+    #[default]
+    None,
+    /// The approximation by tanh.
+    Tanh,
+}
+
+/// PyTorch's `nn.GELU`, of any shape.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GeluSettings {
+    /// Which GELU.
+    pub approximate: Approximate,
+}
+
+/// The factors of the approximation: `sqrt(2 / pi)`, and that of the cube.
+const OUTER: f64 = 0.797_884_560_802_865_4;
+const CUBE: f64 = 0.044_715;
+
+impl GeluSettings {
+    /// What the backward needs beside x: the error function of it, or the tangent of the approximation.
+    fn inner<T: Scalar>(self, x: &ArrayD<T>, pass: &Pass<'_, T>) -> ArrayD<T> {
+        let [outer, cube] = [OUTER, CUBE].map(T::from_f64);
+        let root_half = T::from_f64(std::f64::consts::FRAC_1_SQRT_2);
+        let mut inner = pass.array(x.shape());
+        in_chunks(&mut inner, x, |inner, x| match self.approximate {
+            Approximate::None => inner.iter_mut().zip(x).for_each(|(inner, &x)| *inner = (x * root_half).erf()),
+            Approximate::Tanh => {
+                inner.iter_mut().zip(x).for_each(|(inner, &x)| *inner = outer * (x + cube * x * x * x));
+                T::tanh_each(inner);
+            }
+        });
+        inner
+    }
+}
+
+impl<T: Scalar> Module<T> for GeluSettings {
+    fn forward<'m>(&'m self, x: Signal<T>, pass: &Pass<'m, T>) -> Result<Forward<'m, T>> {
+        let x = in_standard_layout(x.values()?);
+        let [half, outer, cube, three] = [0.5, OUTER, CUBE, 3.0].map(T::from_f64);
+        let inner = self.inner(&x, pass);
+        let mut y = pass.copy(&x);
+        in_chunks(&mut y, &inner, |y, inner| {
+            y.iter_mut().zip(inner).for_each(|(y, &inner)| *y = half * *y * (T::one() + inner)); // E83, E85
+        });
+        let pass = pass.clone();
+        let approximate = self.approximate;
+        Ok((
+            y,
+            Box::new(move |dy| {
+                let density = T::from_f64(1.0 / (2.0 * std::f64::consts::PI).sqrt());
+                let mut slope = x;
+                in_chunks(&mut slope, &inner, |slope, inner| match approximate {
+                    Approximate::None => {
+                        let mut bell: Vec<T> = slope.iter().map(|&x| -half * x * x).collect();
+                        T::exp_each(&mut bell);
+                        for ((slope, &inner), bell) in slope.iter_mut().zip(inner).zip(bell) {
+                            *slope = half * (T::one() + inner) + *slope * density * bell; // E84
+                        }
+                    }
+                    Approximate::Tanh => {
+                        for (slope, &t) in slope.iter_mut().zip(inner) {
+                            let x = *slope;
+                            let of_inner = outer * (T::one() + three * cube * x * x);
+                            *slope = half * (T::one() + t) + half * x * (T::one() - t * t) * of_inner; // E86
+                        }
+                    }
+                });
+                let dx = times(dy, &slope, |slope| slope);
+                pass.recycle(inner);
+                pass.recycle(slope);
+                Ok(Back::of_input(dx))
+            }),
+        ))
+    }
+}
+
+impl Described for GeluSettings {
+    fn build<T: Scalar>(&self, _: &mut Pcg64) -> Result<Box<dyn Module<T>>> {
+        Ok(Box::new(*self))
+    }
+    fn define<R: Real>(&self, x: Signal<R>, _: Find<'_, R>) -> ArrayD<R> {
+        let number = R::constant;
+        defined(x).mapv(|x| match self.approximate {
+            Approximate::None => {
+                number(0.5) * x * (number(1.0) + (x / number(std::f64::consts::SQRT_2)).erf()) // E83
+            }
+            Approximate::Tanh => {
+                let inner = number(OUTER) * (x + number(CUBE) * x * x * x);
+                number(0.5) * x * (number(1.0) + defined_tanh(inner)) // E85
+            }
+        })
+    }
+}
+
+/// PyTorch's `nn.Tanh`, of any shape.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tanh {}
+
+impl<T: Scalar> Module<T> for Tanh {
+    fn forward<'m>(&'m self, x: Signal<T>, _: &Pass<'m, T>) -> Result<Forward<'m, T>> {
+        let x = in_standard_layout(x.values()?);
+        let mut y = x.clone();
+        in_chunks(&mut y, &x, |y, _| T::tanh_each(y)); // E87
+        let kept = y.clone();
+        Ok((y, Box::new(move |dy| Ok(Back::of_input(times(dy, &kept, |y| T::one() - y * y)))))) // E88
+    }
+}
+
+/// `(e^x - e^-x) / (e^x + e^-x)`
+fn defined_tanh<R: Real>(x: R) -> R {
+    let (up, down) = (x.exp(), (R::constant(0.0) - x).exp());
+    (up - down) / (up + down)
+}
+
+impl Described for Tanh {
+    fn build<T: Scalar>(&self, _: &mut Pcg64) -> Result<Box<dyn Module<T>>> {
+        Ok(Box::new(*self))
+    }
+    fn define<R: Real>(&self, x: Signal<R>, _: Find<'_, R>) -> ArrayD<R> {
+        defined(x).mapv(defined_tanh) // E87
+    }
+}

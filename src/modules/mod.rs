@@ -1,0 +1,165 @@
+//! What a small model needs beside its adapted layers: each module has a forward, the backward that belongs to it, and
+//! its definition in plain loops. SPEC.md, section 13.
+//!
+//! A forward hands out its own backward: a closure over what it keeps, which consumes the cotangent once.
+//!
+//! ```
+//! use ndarray::array;
+//! use woracle::modules::{Pass, Settings, Signal};
+//! let pooling: Settings = serde_json::from_str(r#"{"type": "max_pool1d", "kernel_size": 2}"#).unwrap();
+//! let module = pooling.build::<f64>(&mut rand::SeedableRng::seed_from_u64(0))?;
+//! let x = array![[[1.0, 3.0, 2.0, 0.0]]].into_dyn(); // [batch, channels, size]
+//! let (y, backward) = module.forward(Signal::Values(x), &Pass::evaluation())?;
+//! assert_eq!(y, array![[[3.0, 2.0]]].into_dyn());
+//! let back = backward(array![[[10.0, 20.0]]].into_dyn())?;
+//! assert_eq!(back.x.unwrap(), array![[[0.0, 10.0, 20.0, 0.0]]].into_dyn());
+//! # Ok::<(), woracle::Error>(())
+//! ```
+
+mod activation;
+mod attention;
+mod dropout;
+mod layer_norm;
+mod loss;
+mod pass;
+mod pooling;
+mod position;
+mod reduce;
+mod sequential;
+mod settings;
+mod weighted;
+
+pub use activation::{Approximate, GeluSettings, Relu, Tanh};
+pub use attention::SelfAttentionSettings;
+pub use dropout::DropoutSettings;
+pub use layer_norm::LayerNormSettings;
+pub use loss::{Loss, Targets};
+pub use pass::{Pass, Watch};
+pub use pooling::{AveragePooling, MaxPooling};
+pub use position::PositionEmbeddingSettings;
+pub use reduce::{FlattenSettings, MeanSettings};
+pub use sequential::{Named, ResidualSettings, Sequential};
+pub use settings::Settings;
+pub use weighted::{Adaptable, Adapting, ConvolutionSettings, EmbeddingTable, LinearMap};
+
+use crate::{Real, Result, Scalar};
+use ndarray::{ArrayD, ArrayViewD, ArrayViewMutD};
+use rand_pcg::Pcg64;
+
+/// What goes into a module: values, or ids that are looked up.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Signal<E> {
+    /// Values.
+    Values(ArrayD<E>),
+    /// Ids.
+    Ids(ArrayD<i64>),
+}
+
+impl<E> Signal<E> {
+    /// The shape.
+    pub fn shape(&self) -> &[usize] {
+        match self {
+            Self::Values(values) => values.shape(),
+            Self::Ids(ids) => ids.shape(),
+        }
+    }
+
+    /// The values.
+    ///
+    /// # Errors
+    ///
+    /// Ids, which only an embedding takes.
+    pub fn values(self) -> Result<ArrayD<E>> {
+        match self {
+            Self::Values(values) => Ok(values),
+            Self::Ids(_) => {
+                let reason = "expected floating-point values, found integer ids (an embedding takes those)".into();
+                Err(crate::Error::Unexpected { tensor: "x".into(), reason })
+            }
+        }
+    }
+}
+
+/// The gradients of one backward.
+pub struct Back<T> {
+    /// dx; `None` for ids, or where nothing before the module is trained.
+    pub x: Option<ArrayD<T>>,
+    /// The gradients of what is trained, by its name within the module.
+    pub parameters: Vec<(String, ArrayD<T>)>,
+}
+
+impl<T> Back<T> {
+    /// Of a module that has nothing to train.
+    pub fn of_input(x: ArrayD<T>) -> Self {
+        Self { x: Some(x), parameters: Vec::new() }
+    }
+}
+
+/// What is to be done with the cotangent of a module's output: once, as it consumes what the forward kept.
+pub type Backward<'m, T> = Box<dyn FnOnce(ArrayD<T>) -> Result<Back<T>> + 'm>;
+
+/// A forward's output, and its backward.
+pub type Forward<'m, T> = (ArrayD<T>, Backward<'m, T>);
+
+/// A tensor of a module.
+pub struct Parameter<'m, T> {
+    /// Its name within the module, as in PyTorch's `state_dict`; an adapter's as in PEFT's files.
+    pub name: String,
+    /// Its values.
+    pub values: ArrayViewD<'m, T>,
+    /// Whether it is trained.
+    pub trained: bool,
+}
+
+/// A part of a model.
+pub trait Module<T: Scalar>: Send + Sync {
+    /// y, and the backward.
+    ///
+    /// # Errors
+    ///
+    /// An input that does not fit (C1).
+    fn forward<'m>(&'m self, x: Signal<T>, pass: &Pass<'m, T>) -> Result<Forward<'m, T>>;
+    /// Every tensor, trained or not.
+    fn parameters(&self) -> Vec<Parameter<'_, T>> {
+        Vec::new()
+    }
+    /// Those that are trained, to be changed; their shapes cannot be.
+    fn parameters_mut(&mut self) -> Vec<(String, ArrayViewMutD<'_, T>)> {
+        Vec::new()
+    }
+    /// Has nothing of it trained any more, but for what is adapted.
+    fn freeze(&mut self) {}
+    /// The layers in it that an adapter can be put on, by their names within it.
+    fn layers_mut(&mut self) -> Vec<(String, &mut dyn Adaptable<T>)> {
+        Vec::new()
+    }
+    /// Whether anything in it is trained.
+    fn is_trained(&self) -> bool {
+        self.parameters().iter().any(|parameter| parameter.trained)
+    }
+}
+
+/// Finds a parameter of a module by its name in it.
+pub type Find<'a, R> = &'a dyn Fn(&str) -> ArrayD<R>;
+
+/// What a configuration says of a module: what builds it, and the definition of what it computes.
+pub trait Described: Sized {
+    /// The module with fresh parameters.
+    ///
+    /// # Errors
+    ///
+    /// A setting out of range (C4).
+    fn build<T: Scalar>(&self, rng: &mut Pcg64) -> Result<Box<dyn Module<T>>>;
+    /// The definition, in plain loops and on any number: y of an input that fits, with these parameters.
+    fn define<R: Real>(&self, x: Signal<R>, parameters: Find<'_, R>) -> ArrayD<R>;
+}
+
+/// Names within a part, as they are outside of it.
+fn prefixed(part: &str, name: &str) -> String {
+    if part.is_empty() { name.into() } else { format!("{part}.{name}") }
+}
+
+/// The values of a definition's input.
+fn defined<R: Real>(x: Signal<R>) -> ArrayD<R> {
+    x.values().expect("an input that fits")
+}

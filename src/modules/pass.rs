@@ -1,0 +1,128 @@
+//! How a model is run: to be trained or to be used, and who looks on.
+
+use super::prefixed;
+use crate::wora::Workspace;
+use crate::{Error, Result, Scalar};
+use ndarray::{Array, ArrayD, ArrayViewD, Dimension, IxDyn};
+use rand::SeedableRng;
+use rand_pcg::Pcg64;
+
+/// Sees every module's output under the module's name.
+pub type Watch<'w, T> = &'w (dyn Fn(&str, ArrayViewD<'_, T>) + Sync);
+
+/// One run through a model, or the part of it that a module sees.
+#[derive(Clone)]
+pub struct Pass<'p, T> {
+    /// What dropout is drawn from; `None` where nothing is dropped.
+    dropout: Option<u64>,
+    /// Whether the gradient of the input is wanted.
+    requires_grad_x: bool,
+    workspace: Option<&'p Workspace<T>>,
+    watch: Option<Watch<'p, T>>,
+    place: String,
+}
+
+impl<'p, T: Scalar> Pass<'p, T> {
+    /// A model as it is used: nothing is dropped.
+    pub fn evaluation() -> Self {
+        Self { dropout: None, requires_grad_x: true, workspace: None, watch: None, place: String::new() }
+    }
+
+    /// A step of training: what is dropped depends on this seed and on the module's name alone.
+    pub fn training(seed: u64) -> Self {
+        Self { dropout: Some(seed), ..Self::evaluation() }
+    }
+
+    /// The same in memory that an earlier step has left.
+    pub fn within(self, workspace: &'p Workspace<T>) -> Self {
+        Self { workspace: Some(workspace), ..self }
+    }
+
+    /// The same, seen by somebody.
+    pub fn watched(self, watch: Watch<'p, T>) -> Self {
+        Self { watch: Some(watch), ..self }
+    }
+
+    /// The same, with what another pass drops.
+    pub fn dropping_as(self, other: &Pass<'_, T>) -> Self {
+        Self { dropout: other.dropout, ..self }
+    }
+
+    /// The same, for a module whose input's gradient is wanted or not.
+    pub fn requiring_grad_x(&self, wanted: bool) -> Self {
+        Self { requires_grad_x: wanted, ..self.clone() }
+    }
+
+    /// The same, within a part of this name.
+    pub fn inside(&self, part: &str) -> Self {
+        Self { place: prefixed(&self.place, part), ..self.clone() }
+    }
+
+    /// Whether the gradient of the input is wanted.
+    pub fn requires_grad_x(&self) -> bool {
+        self.requires_grad_x
+    }
+
+    /// An array whose values are whatever was there. A module leaves no more arrays than it takes, so that memory does
+    /// not grow from step to step.
+    pub(super) fn array(&self, shape: &[usize]) -> ArrayD<T> {
+        self.workspace.map_or_else(|| ArrayD::zeros(shape), |workspace| workspace.array(IxDyn(shape)))
+    }
+
+    /// A copy in such an array.
+    pub(super) fn copy(&self, values: &ArrayD<T>) -> ArrayD<T> {
+        let mut copy = self.array(values.shape());
+        copy.assign(values);
+        copy
+    }
+
+    /// Leaves an array to whoever needs one next.
+    pub(super) fn recycle<D: Dimension>(&self, array: Array<T, D>) {
+        if let Some(workspace) = self.workspace {
+            workspace.recycle(array);
+        }
+    }
+
+    /// Runs `step` in the memory of earlier steps, where there is such.
+    pub(super) fn with_workspace<Out>(&self, step: impl FnOnce(&Workspace<T>) -> Out) -> Out {
+        match self.workspace {
+            Some(workspace) => step(workspace),
+            None => step(&Workspace::default()),
+        }
+    }
+
+    /// Shows the output of the module that is run.
+    pub(super) fn show(&self, y: &ArrayD<T>) {
+        if let Some(watch) = self.watch {
+            watch(&self.place, y.view());
+        }
+    }
+
+    /// The same complaint, with the module in front.
+    pub(super) fn complain(&self, error: Error) -> Error {
+        match error {
+            Error::Module { .. } => error,
+            error => Error::Module { module: self.place.clone(), source: Box::new(error) },
+        }
+    }
+
+    /// 0 with probability p, `1 / (1 - p)` otherwise; `None` where nothing is dropped. E103
+    pub fn mask(&self, shape: &[usize], p: f64) -> Option<ArrayD<T>> {
+        use rand_pcg::rand_core::Rng;
+        let seed = self.dropout.filter(|_| p > 0.0)?;
+        let of_place =
+            self.place.bytes().fold(seed, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+        let mut rng = Pcg64::seed_from_u64(of_place);
+        let kept = T::from_f64(1.0 / (1.0 - p));
+        let threshold = (p * 2f64.powi(53)) as u64;
+        Some(ArrayD::from_shape_simple_fn(shape, || if rng.next_u64() >> 11 < threshold { T::zero() } else { kept }))
+    }
+
+    /// Fails unless p is a probability below 1. C4
+    pub(super) fn check_probability(name: &'static str, p: f64) -> Result<()> {
+        if (0.0..1.0).contains(&p) {
+            return Ok(());
+        }
+        Err(Error::Setting { name, expected: "a probability from 0 to below 1".into(), found: p.to_string() })
+    }
+}

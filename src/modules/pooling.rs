@@ -1,0 +1,276 @@
+//! Pooling: the largest or the mean of every window of every channel. SPEC.md, section 13.2.
+
+use super::{Back, Described, Find, Forward, Module, Pass, Signal, defined};
+use crate::operators::{Extents, PARALLEL_ELEMENTS};
+use crate::{Error, Real, Result, Scalar};
+use ndarray::ArrayD;
+use rand_pcg::Pcg64;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+/// PyTorch's `nn.MaxPool1d` (N = 1) and `nn.MaxPool2d` (N = 2): x `[batch, channels, size...]`. Of equal ones the first
+/// is the largest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MaxPooling<const N: usize> {
+    /// Lengths of a window: one number for every axis, or one an axis.
+    pub kernel_size: Extents,
+    /// Steps between windows; the kernel's size where nothing is said.
+    #[serde(default)]
+    pub stride: Option<Extents>,
+    /// Places around the input that are never the largest: at most half of the kernel.
+    #[serde(default)]
+    pub padding: Option<Extents>,
+    /// Steps within a window.
+    #[serde(default)]
+    pub dilation: Option<Extents>,
+}
+
+/// PyTorch's `nn.AvgPool1d` (N = 1) and `nn.AvgPool2d` (N = 2): x `[batch, channels, size...]`. Padding counts as zeros.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AveragePooling<const N: usize> {
+    /// Lengths of a window: one number for every axis, or one an axis.
+    pub kernel_size: Extents,
+    /// Steps between windows; the kernel's size where nothing is said.
+    #[serde(default)]
+    pub stride: Option<Extents>,
+    /// Zeros around the input: at most half of the kernel.
+    #[serde(default)]
+    pub padding: Option<Extents>,
+}
+
+/// Windows along N axes.
+#[derive(Clone, Copy)]
+struct Window<const N: usize> {
+    kernel: [usize; N],
+    stride: [usize; N],
+    padding: [usize; N],
+    dilation: [usize; N],
+}
+
+/// Where the windows of one channel lie.
+struct Places {
+    /// The shape of y.
+    output: Vec<usize>,
+    /// Elements of a channel of x, and of y.
+    inputs: usize,
+    outputs: usize,
+    /// The places in a channel of x that each output sees, one after the other; padding is left out.
+    sources: Vec<u32>,
+    /// Where each output's places begin in there, and after the last one its end.
+    starts: Vec<usize>,
+}
+
+impl Places {
+    fn of(&self, output: usize) -> &[u32] {
+        &self.sources[self.starts[output]..self.starts[output + 1]]
+    }
+}
+
+impl<const N: usize> Window<N> {
+    fn new(
+        kernel: &Extents,
+        stride: Option<&Extents>,
+        padding: Option<&Extents>,
+        dilation: Option<&Extents>,
+    ) -> Result<Self> {
+        let kernel = kernel.each("kernel_size", 1)?;
+        let or = |extents: Option<&Extents>, name, least, otherwise| {
+            extents.map_or(Ok(otherwise), |extents| extents.each(name, least))
+        };
+        let padding = or(padding, "padding", 0, [0; N])?;
+        if let Some((&padding, &kernel)) =
+            padding.iter().zip(&kernel).find(|(padding, kernel)| **padding > **kernel / 2)
+        {
+            let expected = format!("at most half of kernel_size {kernel}");
+            return Err(Error::Setting { name: "padding", expected, found: padding.to_string() }); // C4
+        }
+        Ok(Self {
+            kernel,
+            stride: or(stride, "stride", 1, kernel)?,
+            padding,
+            dilation: or(dilation, "dilation", 1, [1; N])?,
+        })
+    }
+
+    /// E89
+    fn places(&self, shape: &[usize]) -> Result<Places> {
+        let misfit = |expected: String| Error::Shape { tensor: "x".into(), expected, found: shape.to_vec() };
+        if shape.len() != N + 2 {
+            return Err(misfit(format!("[batch, channels, {}]", ["size"; N].join(", ")))); // C1
+        }
+        let (sizes, mut extents) = (&shape[2..], [0; N]);
+        for axis in 0..N {
+            let padded = sizes[axis] + 2 * self.padding[axis];
+            let reach = self.dilation[axis].saturating_mul(self.kernel[axis] - 1).saturating_add(1);
+            if reach > padded || u32::try_from(sizes[axis]).is_err() {
+                return Err(misfit(format!("a size of at least {reach} with its padding along axis {}", axis + 2))); // C1
+            }
+            extents[axis] = (padded - reach) / self.stride[axis] + 1;
+        }
+        let (inputs, outputs) = (sizes.iter().product(), extents.iter().product());
+        let (mut sources, mut starts) = (Vec::new(), vec![0]);
+        for output in ndarray::indices(extents.as_slice()) {
+            for within in ndarray::indices(self.kernel.as_slice()) {
+                let place = (0..N).try_fold(0, |place, axis| {
+                    let padded = output[axis] * self.stride[axis] + within[axis] * self.dilation[axis];
+                    let inside = padded.checked_sub(self.padding[axis]).filter(|&inside| inside < sizes[axis])?;
+                    Some(place * sizes[axis] + inside)
+                });
+                sources.extend(place.map(|place| place as u32));
+            }
+            starts.push(sources.len());
+        }
+        let output = shape[..2].iter().copied().chain(extents).collect();
+        Ok(Places { output, inputs, outputs, sources, starts })
+    }
+
+    /// The elements of a window.
+    fn elements(&self) -> usize {
+        self.kernel.iter().product()
+    }
+}
+
+/// The slice of an array, whose elements are made row-major where they are not.
+fn slice<T: Scalar>(values: &ArrayD<T>) -> &[T] {
+    values.as_slice().expect("standard layout")
+}
+
+/// Runs over the channels of all samples, on all threads where there are many elements. Every channel writes `width`
+/// elements of `written`.
+fn over_channels<W: Send>(
+    written: &mut [W],
+    width: usize,
+    elements: usize,
+    run: impl Fn(usize, &mut [W]) + Sync + Send,
+) {
+    if elements < PARALLEL_ELEMENTS {
+        written.chunks_exact_mut(width).enumerate().for_each(|(channel, written)| run(channel, written));
+    } else {
+        written.par_chunks_exact_mut(width).enumerate().for_each(|(channel, written)| run(channel, written));
+    }
+}
+
+impl<const N: usize> MaxPooling<N> {
+    fn window(&self) -> Result<Window<N>> {
+        Window::new(&self.kernel_size, self.stride.as_ref(), self.padding.as_ref(), self.dilation.as_ref())
+    }
+}
+
+impl<T: Scalar, const N: usize> Module<T> for MaxPooling<N> {
+    fn forward<'m>(&'m self, x: Signal<T>, _: &Pass<'m, T>) -> Result<Forward<'m, T>> {
+        let x = crate::operators::in_standard_layout(x.values()?);
+        let places = self.window()?.places(x.shape())?;
+        let channels: usize = x.shape()[..2].iter().product();
+        let (inputs, outputs) = (places.inputs, places.outputs);
+        // A NaN is the largest, so that it is seen.
+        let beats = |new: T, old: T| new > old || new.is_nan() && !old.is_nan();
+        // What is largest, and where.
+        let mut largest = vec![(T::zero(), 0u32); channels * outputs];
+        over_channels(&mut largest, outputs, x.len(), |channel, largest| {
+            let x = &slice(&x)[channel * inputs..][..inputs];
+            for (output, largest) in largest.iter_mut().enumerate() {
+                let (&first, others) = places.of(output).split_first().expect("a window");
+                *largest = others.iter().fold((x[first as usize], first), |best, &place| {
+                    let value = x[place as usize];
+                    if beats(value, best.0) { (value, place) } else { best } // E90
+                });
+            }
+        });
+        let y = largest.iter().map(|(value, _)| *value).collect();
+        let y = ArrayD::from_shape_vec(places.output, y).expect("as many outputs");
+        let shape = x.shape().to_vec();
+        Ok((
+            y,
+            Box::new(move |dy| {
+                let dy = crate::operators::in_standard_layout(dy);
+                let mut dx = ArrayD::zeros(shape);
+                let elements = dx.len();
+                over_channels(dx.as_slice_mut().expect("a fresh array"), inputs, elements, |channel, dx| {
+                    let all = channel * outputs..(channel + 1) * outputs;
+                    for ((_, place), &dy) in largest[all.clone()].iter().zip(&slice(&dy)[all]) {
+                        dx[*place as usize] += dy; // E91
+                    }
+                });
+                Ok(Back::of_input(dx))
+            }),
+        ))
+    }
+}
+
+impl<T: Scalar, const N: usize> Module<T> for AveragePooling<N> {
+    fn forward<'m>(&'m self, x: Signal<T>, _: &Pass<'m, T>) -> Result<Forward<'m, T>> {
+        let x = crate::operators::in_standard_layout(x.values()?);
+        let window = self.window()?;
+        let places = window.places(x.shape())?;
+        let (inputs, outputs) = (places.inputs, places.outputs);
+        let part = T::one() / T::from_f64(window.elements() as f64);
+        let mut y = ArrayD::zeros(places.output.as_slice());
+        over_channels(y.as_slice_mut().expect("a fresh array"), outputs, x.len(), |channel, y| {
+            let x = &slice(&x)[channel * inputs..][..inputs];
+            for (output, y) in y.iter_mut().enumerate() {
+                let seen = places.of(output).iter().map(|&place| x[place as usize]);
+                *y = seen.fold(T::zero(), |sum, x| sum + x) * part; // E92
+            }
+        });
+        let shape = x.shape().to_vec();
+        Ok((
+            y,
+            Box::new(move |dy| {
+                let dy = crate::operators::in_standard_layout(dy);
+                let mut dx = ArrayD::zeros(shape);
+                let elements = dx.len();
+                over_channels(dx.as_slice_mut().expect("a fresh array"), inputs, elements, |channel, dx| {
+                    for (output, &dy) in slice(&dy)[channel * outputs..][..outputs].iter().enumerate() {
+                        places.of(output).iter().for_each(|&place| dx[place as usize] += dy * part); // E97
+                    }
+                });
+                Ok(Back::of_input(dx))
+            }),
+        ))
+    }
+}
+
+impl<const N: usize> AveragePooling<N> {
+    fn window(&self) -> Result<Window<N>> {
+        Window::new(&self.kernel_size, self.stride.as_ref(), self.padding.as_ref(), None)
+    }
+}
+
+/// Every output made of the values in its window.
+fn windows<R: Real>(x: &ArrayD<R>, places: &Places, make: impl Fn(&mut dyn Iterator<Item = R>) -> R) -> ArrayD<R> {
+    let x: Vec<R> = x.iter().copied().collect();
+    let y = (0..x.len() / places.inputs * places.outputs).map(|element| {
+        let (channel, output) = (element / places.outputs, element % places.outputs);
+        make(&mut places.of(output).iter().map(|&place| x[channel * places.inputs + place as usize]))
+    });
+    ArrayD::from_shape_vec(places.output.as_slice(), y.collect()).expect("as many outputs")
+}
+
+impl<const N: usize> Described for MaxPooling<N> {
+    fn build<T: Scalar>(&self, _: &mut Pcg64) -> Result<Box<dyn Module<T>>> {
+        self.window()?;
+        Ok(Box::new(self.clone()))
+    }
+    fn define<R: Real>(&self, x: Signal<R>, _: Find<'_, R>) -> ArrayD<R> {
+        let x = defined(x);
+        let places = self.window().and_then(|window| window.places(x.shape())).expect("an input that fits");
+        let larger = |best: R, x: R| if x.value() > best.value() { x } else { best };
+        windows(&x, &places, |seen| seen.reduce(larger).expect("a window")) // E90
+    }
+}
+
+impl<const N: usize> Described for AveragePooling<N> {
+    fn build<T: Scalar>(&self, _: &mut Pcg64) -> Result<Box<dyn Module<T>>> {
+        self.window()?;
+        Ok(Box::new(self.clone()))
+    }
+    fn define<R: Real>(&self, x: Signal<R>, _: Find<'_, R>) -> ArrayD<R> {
+        let x = defined(x);
+        let window = self.window().expect("settings that fit");
+        let places = window.places(x.shape()).expect("an input that fits");
+        let elements = R::constant(window.elements() as f64);
+        windows(&x, &places, |seen| seen.fold(R::constant(0.0), |sum, x| sum + x) / elements) // E92
+    }
+}

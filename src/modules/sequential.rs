@@ -1,0 +1,196 @@
+//! Modules one after the other, and around each other. SPEC.md, section 13.6.
+
+use super::{
+    Adaptable, Back, Backward, Described, Find, Forward, Module, Parameter, Pass, Settings, Signal, defined, prefixed,
+};
+use crate::{Error, Real, Result, Scalar};
+use ndarray::{ArrayD, ArrayViewMutD, Zip};
+use rand_pcg::Pcg64;
+use serde::{Deserialize, Serialize};
+
+/// A module's settings, and its name within what it is a part of: its number where it has none.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Named {
+    /// The name; no dots.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// The settings.
+    #[serde(flatten)]
+    pub settings: Settings,
+}
+
+/// Modules one after the other: PyTorch's `nn.Sequential`, with names.
+pub struct Sequential<T> {
+    modules: Vec<(String, Box<dyn Module<T>>)>,
+}
+
+impl<T: Scalar> Sequential<T> {
+    /// The modules with fresh parameters.
+    ///
+    /// # Errors
+    ///
+    /// A setting out of range (C4), under the module's name; a name that is there twice or has a dot in it.
+    pub fn build(modules: &[Named], rng: &mut Pcg64) -> Result<Self> {
+        let names = names(modules)?;
+        let build = |(name, module): (String, &Named)| match module.settings.build(rng) {
+            Ok(module) => Ok((name, module)),
+            Err(Error::Module { module, source }) => Err(Error::Module { module: prefixed(&name, &module), source }),
+            Err(error) => Err(Error::Module { module: name, source: Box::new(error) }),
+        };
+        Ok(Self { modules: names.into_iter().zip(modules).map(build).collect::<Result<_>>()? })
+    }
+}
+
+/// The names of modules within what they are parts of.
+fn names(modules: &[Named]) -> Result<Vec<String>> {
+    let mut names: Vec<String> = Vec::new();
+    for (number, module) in modules.iter().enumerate() {
+        let name = module.name.clone().unwrap_or_else(|| number.to_string());
+        if name.is_empty() || name.contains('.') || names.contains(&name) {
+            let expected = "a name of its own without a dot".into();
+            return Err(Error::Setting { name: "name", expected, found: format!("{name:?}") }); // C4
+        }
+        names.push(name);
+    }
+    Ok(names)
+}
+
+impl<T: Scalar> Module<T> for Sequential<T> {
+    fn forward<'m>(&'m self, x: Signal<T>, pass: &Pass<'m, T>) -> Result<Forward<'m, T>> {
+        let mut steps: Vec<(&str, Backward<'m, T>)> = Vec::new();
+        let mut wanted = pass.requires_grad_x();
+        let mut x = x;
+        for (name, module) in &self.modules {
+            let inside = pass.inside(name).requiring_grad_x(wanted);
+            let (y, backward) = module.forward(x, &inside).map_err(|error| inside.complain(error))?;
+            inside.show(&y);
+            steps.push((name, backward));
+            // Where nothing is trained up to here, no gradient is wanted.
+            wanted |= module.is_trained();
+            x = Signal::Values(y);
+        }
+        Ok((
+            x.values()?,
+            Box::new(move |dy| {
+                let (mut cotangent, mut parameters) = (Some(dy), Vec::new());
+                for (name, backward) in steps.into_iter().rev() {
+                    let Some(dy) = cotangent.take() else { break };
+                    let back = backward(dy)?;
+                    let named = back.parameters.into_iter();
+                    parameters.extend(named.map(|(parameter, values)| (prefixed(name, &parameter), values)));
+                    cotangent = back.x;
+                }
+                Ok(Back { x: cotangent, parameters })
+            }),
+        ))
+    }
+    fn parameters(&self) -> Vec<Parameter<'_, T>> {
+        self.modules
+            .iter()
+            .flat_map(|(name, module)| {
+                module
+                    .parameters()
+                    .into_iter()
+                    .map(move |parameter| Parameter { name: prefixed(name, &parameter.name), ..parameter })
+            })
+            .collect()
+    }
+    fn parameters_mut(&mut self) -> Vec<(String, ArrayViewMutD<'_, T>)> {
+        self.modules
+            .iter_mut()
+            .flat_map(|(name, module)| {
+                let name = &*name;
+                module.parameters_mut().into_iter().map(move |(inner, values)| (prefixed(name, &inner), values))
+            })
+            .collect()
+    }
+    fn freeze(&mut self) {
+        self.modules.iter_mut().for_each(|(_, module)| module.freeze());
+    }
+    fn layers_mut(&mut self) -> Vec<(String, &mut dyn Adaptable<T>)> {
+        self.modules
+            .iter_mut()
+            .flat_map(|(name, module)| {
+                let name = &*name;
+                module.layers_mut().into_iter().map(move |(inner, layer)| {
+                    (if inner.is_empty() { name.clone() } else { prefixed(name, &inner) }, layer)
+                })
+            })
+            .collect()
+    }
+}
+
+/// `y = x + f(x)`, f being modules one after the other whose output has the shape of their input.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResidualSettings {
+    /// f.
+    pub modules: Vec<Named>,
+}
+
+struct Residual<T> {
+    inner: Sequential<T>,
+}
+
+impl<T: Scalar> Module<T> for Residual<T> {
+    fn forward<'m>(&'m self, x: Signal<T>, pass: &Pass<'m, T>) -> Result<Forward<'m, T>> {
+        let x = x.values()?;
+        let (mut y, backward) = self.inner.forward(Signal::Values(pass.copy(&x)), pass)?;
+        if y.shape() != x.shape() {
+            let expected = format!("{:?}, that of what it is added to", x.shape());
+            return Err(Error::Shape { tensor: "f(x)".into(), expected, found: y.shape().to_vec() }); // C1
+        }
+        y += &x; // E105
+        pass.recycle(x);
+        let pass = pass.clone();
+        Ok((
+            y,
+            Box::new(move |dy| {
+                let kept = pass.requires_grad_x().then(|| pass.copy(&dy));
+                let Back { x, parameters } = backward(dy)?;
+                let x = match (kept, x) {
+                    (Some(mut dx), Some(through)) => {
+                        dx += &through; // E106
+                        pass.recycle(through);
+                        Some(dx)
+                    }
+                    (kept, _) => kept,
+                };
+                Ok(Back { x, parameters })
+            }),
+        ))
+    }
+    fn parameters(&self) -> Vec<Parameter<'_, T>> {
+        self.inner.parameters()
+    }
+    fn parameters_mut(&mut self) -> Vec<(String, ArrayViewMutD<'_, T>)> {
+        self.inner.parameters_mut()
+    }
+    fn freeze(&mut self) {
+        self.inner.freeze();
+    }
+    fn layers_mut(&mut self) -> Vec<(String, &mut dyn Adaptable<T>)> {
+        self.inner.layers_mut()
+    }
+}
+
+/// The definition of modules one after the other.
+pub(crate) fn define_all<R: Real>(modules: &[Named], x: Signal<R>, parameters: Find<'_, R>) -> ArrayD<R> {
+    let names = names(modules).expect("names that fit");
+    let y = names.iter().zip(modules).fold(x, |x, (name, module)| {
+        let inner = |parameter: &str| parameters(&prefixed(name, parameter));
+        Signal::Values(module.settings.define(x, &inner))
+    });
+    defined(y)
+}
+
+impl Described for ResidualSettings {
+    fn build<T: Scalar>(&self, rng: &mut Pcg64) -> Result<Box<dyn Module<T>>> {
+        Ok(Box::new(Residual { inner: Sequential::build(&self.modules, rng)? }))
+    }
+    fn define<R: Real>(&self, x: Signal<R>, parameters: Find<'_, R>) -> ArrayD<R> {
+        let x = defined(x);
+        let through = define_all(&self.modules, Signal::Values(x.clone()), parameters);
+        Zip::from(&x).and(&through).map_collect(|&x, &f| x + f) // E105
+    }
+}

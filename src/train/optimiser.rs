@@ -1,0 +1,286 @@
+//! What turns gradients into steps: SGD with momentum, and AdamW. SPEC.md, section 14.2.
+
+use super::place::Misfit;
+use crate::wora::Method;
+use crate::{Error, Result, Scalar};
+use ndarray::{ArrayD, ArrayViewMutD, Zip};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// The learning rates of a kind of parameter, where they are not that of all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Rates {
+    /// Of A.
+    pub lora_a: Option<f64>,
+    /// Of B.
+    pub lora_b: Option<f64>,
+    /// Of the magnitude.
+    pub magnitude: Option<f64>,
+    /// Of WoRA's alpha and beta.
+    pub alpha_beta: Option<f64>,
+}
+
+/// How gradients are turned into steps. What a step is multiplied by is the schedule's.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+pub enum OptimiserTable {
+    /// PyTorch's `optim.SGD`.
+    Sgd(Sgd),
+    /// PyTorch's `optim.AdamW`.
+    AdamW(AdamW),
+}
+
+/// Stochastic gradient descent with momentum.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sgd {
+    /// Positive.
+    pub learning_rate: f64,
+    /// Those of some kinds of parameters.
+    #[serde(default)]
+    pub learning_rates: Rates,
+    /// From 0 to below 1.
+    #[serde(default)]
+    pub momentum: f64,
+    /// Added to the gradient, times the parameter: 0 or more. None for biases, magnitudes, alpha, beta and norms.
+    #[serde(default)]
+    pub weight_decay: f64,
+}
+
+/// Adam with decay that is not part of the gradient.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdamW {
+    /// Positive.
+    pub learning_rate: f64,
+    /// Those of some kinds of parameters.
+    #[serde(default)]
+    pub learning_rates: Rates,
+    /// How slowly the two means forget: from 0 to below 1 each.
+    #[serde(default = "usual_betas")]
+    pub betas: [f64; 2],
+    /// Added to the root: positive.
+    #[serde(default = "usual_eps")]
+    pub eps: f64,
+    /// Of the parameter, times the rate: 0 or more. None for biases, magnitudes, alpha, beta and norms.
+    #[serde(default = "usual_decay")]
+    pub weight_decay: f64,
+}
+
+fn usual_betas() -> [f64; 2] {
+    [0.9, 0.999]
+}
+
+fn usual_eps() -> f64 {
+    1e-8
+}
+
+fn usual_decay() -> f64 {
+    0.01
+}
+
+impl OptimiserTable {
+    fn learning_rate(&self) -> (f64, &Rates) {
+        match self {
+            Self::Sgd(Sgd { learning_rate, learning_rates, .. })
+            | Self::AdamW(AdamW { learning_rate, learning_rates, .. }) => (*learning_rate, learning_rates),
+        }
+    }
+
+    /// The learning rate of a parameter, by its name.
+    fn rate(&self, name: &str) -> f64 {
+        let (all, rates) = self.learning_rate();
+        let own = match name.rsplit('.').next().unwrap_or(name) {
+            "lora_A" | "lora_embedding_A" => rates.lora_a,
+            "lora_B" | "lora_embedding_B" => rates.lora_b,
+            "lora_magnitude_vector" => rates.magnitude,
+            "lora_wora_alpha" | "lora_wora_beta" => rates.alpha_beta,
+            _ => None,
+        };
+        own.unwrap_or(all)
+    }
+
+    /// Refuses learning rates of what a method does not train; without a method there is no adapter.
+    pub(super) fn check_kinds(&self, key: &str, method: Option<Method>) -> std::result::Result<(), Misfit> {
+        let Rates { lora_a, lora_b, magnitude, alpha_beta } = *self.learning_rate().1;
+        let trained = [
+            ("lora_a", lora_a, method.is_some()),
+            ("lora_b", lora_b, method.is_some()),
+            ("magnitude", magnitude, method.is_some_and(|method| method != Method::Lora)),
+            ("alpha_beta", alpha_beta, method == Some(Method::Wora)),
+        ];
+        match trained.into_iter().find(|(_, rate, trained)| rate.is_some() && !trained) {
+            Some((name, ..)) => {
+                let message = "expected none, as nothing of that kind is trained, found one";
+                Err(Misfit::new(format!("{key}.learning_rates.{name}"), message))
+            }
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn check(&self, key: &str) -> std::result::Result<(), Misfit> {
+        let (all, rates) = self.learning_rate();
+        let Rates { lora_a, lora_b, magnitude, alpha_beta } = *rates;
+        let own = [("lora_a", lora_a), ("lora_b", lora_b), ("magnitude", magnitude), ("alpha_beta", alpha_beta)];
+        let own = own.into_iter().filter_map(|(name, rate)| Some((format!("learning_rates.{name}"), rate?)));
+        for (name, rate) in own.chain([("learning_rate".to_string(), all)]) {
+            if !(rate.is_finite() && rate > 0.0) {
+                return Err(Misfit::new(format!("{key}.{name}"), format!("expected a positive number, found {rate}")));
+            }
+        }
+        let within = |name: &str, value: f64, fits: bool, expected: &str| match fits {
+            true => Ok(()),
+            false => Err(Misfit::new(format!("{key}.{name}"), format!("expected {expected}, found {value}"))),
+        };
+        let fraction = "a number from 0 to below 1";
+        let decays =
+            |decay: f64| within("weight_decay", decay, decay.is_finite() && decay >= 0.0, "a number of 0 or more");
+        match *self {
+            Self::Sgd(Sgd { momentum, weight_decay, .. }) => {
+                within("momentum", momentum, (0.0..1.0).contains(&momentum), fraction)?;
+                decays(weight_decay)
+            }
+            Self::AdamW(AdamW { betas, eps, weight_decay, .. }) => {
+                for beta in betas {
+                    within("betas", beta, (0.0..1.0).contains(&beta), fraction)?;
+                }
+                within("eps", eps, eps.is_finite() && eps > 0.0, "a positive number")?;
+                decays(weight_decay)
+            }
+        }
+    }
+}
+
+/// Whether a parameter of this name and number of axes is drawn towards 0.
+fn decays(name: &str, axes: usize) -> bool {
+    axes >= 2 && name.rsplit('.').next() != Some("lora_magnitude_vector")
+}
+
+/// An optimiser, and what it remembers of every parameter.
+///
+/// ```
+/// use ndarray::array;
+/// use std::collections::BTreeMap;
+/// use woracle::train::{Optimiser, OptimiserTable};
+/// let table: OptimiserTable = toml::from_str("type = 'sgd'\nlearning_rate = 0.5").unwrap();
+/// let mut optimiser = Optimiser::<f64>::new(table);
+/// let mut bias = array![1.0].into_dyn();
+/// let gradients = BTreeMap::from([("bias".to_string(), array![4.0].into_dyn())]);
+/// optimiser.step(vec![("bias".into(), bias.view_mut())], &gradients, 1.0)?;
+/// assert_eq!(bias[0], -1.0);
+/// # Ok::<(), woracle::Error>(())
+/// ```
+pub struct Optimiser<T> {
+    table: OptimiserTable,
+    /// How many steps have been taken.
+    steps: u64,
+    /// `momentum.NAME`; `first.NAME` and `second.NAME`.
+    memory: BTreeMap<String, ArrayD<T>>,
+}
+
+impl<T: Scalar> Optimiser<T> {
+    /// One that remembers nothing.
+    pub fn new(table: OptimiserTable) -> Self {
+        Self { table, steps: 0, memory: BTreeMap::new() }
+    }
+
+    /// One that goes on.
+    pub(super) fn resumed(table: OptimiserTable, steps: u64, memory: BTreeMap<String, ArrayD<T>>) -> Self {
+        Self { table, steps, memory }
+    }
+
+    /// What it remembers.
+    pub(super) fn memory(&self) -> &BTreeMap<String, ArrayD<T>> {
+        &self.memory
+    }
+
+    /// Moves every parameter against its gradient; `factor` multiplies all learning rates.
+    ///
+    /// # Errors
+    ///
+    /// A parameter without a gradient (C7).
+    pub fn step(
+        &mut self,
+        parameters: Vec<(String, ArrayViewMutD<'_, T>)>,
+        gradients: &BTreeMap<String, ArrayD<T>>,
+        factor: f64,
+    ) -> Result<()> {
+        self.steps += 1;
+        for (name, parameter) in parameters {
+            let missing = || Error::Missing { tensor: format!("grad.{name}"), expected: "a gradient".into() };
+            let gradient = gradients.get(&name).ok_or_else(missing)?; // C7
+            let rate = self.table.rate(&name) * factor;
+            let decays = decays(&name, parameter.ndim());
+            match self.table {
+                OptimiserTable::Sgd(sgd) => self.descend(&sgd, &name, parameter, gradient, rate, decays),
+                OptimiserTable::AdamW(adam) => self.adapt(&adam, &name, parameter, gradient, rate, decays),
+            }
+        }
+        Ok(())
+    }
+
+    /// What is remembered of a parameter under this name.
+    fn remembered(&mut self, kind: &str, name: &str, like: &ArrayD<T>) -> ArrayD<T> {
+        self.memory.remove(&format!("{kind}.{name}")).unwrap_or_else(|| ArrayD::zeros(like.raw_dim()))
+    }
+
+    fn descend(
+        &mut self,
+        sgd: &Sgd,
+        name: &str,
+        mut parameter: ArrayViewMutD<'_, T>,
+        gradient: &ArrayD<T>,
+        rate: f64,
+        decays: bool,
+    ) {
+        let mut velocity = self.remembered("momentum", name, gradient);
+        let [rate, momentum, decay] =
+            [rate, sgd.momentum, if decays { sgd.weight_decay } else { 0.0 }].map(T::from_f64);
+        Zip::from(&mut parameter).and(&mut velocity).and(gradient).for_each(|p, v, &g| {
+            *v = momentum * *v + (g + decay * *p); // E135
+            *p -= rate * *v; // E136
+        });
+        if sgd.momentum > 0.0 {
+            self.memory.insert(format!("momentum.{name}"), velocity);
+        }
+    }
+
+    fn adapt(
+        &mut self,
+        adam: &AdamW,
+        name: &str,
+        mut parameter: ArrayViewMutD<'_, T>,
+        gradient: &ArrayD<T>,
+        rate: f64,
+        decays: bool,
+    ) {
+        let (mut first, mut second) =
+            (self.remembered("first", name, gradient), self.remembered("second", name, gradient));
+        let steps = i32::try_from(self.steps).unwrap_or(i32::MAX);
+        let [of_first, of_second] = adam.betas.map(|beta| 1.0 - beta.powi(steps));
+        let [forget_first, forget_second] = adam.betas.map(|beta| T::from_f64(1.0 - beta));
+        let keep_second = T::from_f64(adam.betas[1]);
+        let shrink = T::from_f64(if decays { 1.0 - rate * adam.weight_decay } else { 1.0 });
+        let [step, root, eps] = [rate / of_first, of_second.sqrt(), adam.eps].map(T::from_f64);
+        Zip::from(&mut parameter).and(&mut first).and(&mut second).and(gradient).for_each(|p, m, v, &g| {
+            *m += forget_first * (g - *m); // E137
+            *v = keep_second * *v + forget_second * g * g; // E138
+            *p = *p * shrink - step * *m / (v.sqrt() / root + eps); // E139
+        });
+        self.memory.insert(format!("first.{name}"), first);
+        self.memory.insert(format!("second.{name}"), second);
+    }
+}
+
+/// Scales gradients so that their norm over all of them is at most `most`; the norm they had. E140
+pub(super) fn clip<T: Scalar>(gradients: &mut BTreeMap<String, ArrayD<T>>, most: Option<f64>) -> f64 {
+    let squares = gradients.values().map(|gradient| gradient.iter().map(|g| g.as_f64().powi(2)).sum::<f64>());
+    let norm = squares.sum::<f64>().sqrt();
+    // PyTorch's `clip_grad_norm_`, with its small number.
+    if let Some(factor) = most.map(|most| most / (norm + 1e-6)).filter(|&factor| factor < 1.0) {
+        let factor = T::from_f64(factor);
+        gradients.values_mut().for_each(|gradient| gradient.mapv_inplace(|g| g * factor));
+    }
+    norm
+}
