@@ -35,6 +35,7 @@ pub mod train;
 pub mod wora;
 
 mod counted;
+mod digest;
 mod dtype;
 mod dual;
 mod error;

@@ -19,6 +19,7 @@ use crate::wora::{
 };
 use crate::{Counted, Dual, DualForward, Error, Real, Result, Rounded, Scalar};
 use ndarray::{ArcArray, Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Axis, IxDyn, Zip};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::sync::Mutex;
@@ -105,9 +106,11 @@ pub struct RoundTrip {
 }
 
 /// The types of numbers that the production path runs in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// f32
+    #[default]
     F32,
     /// f64
     F64,

@@ -1,10 +1,10 @@
 //! Self-attention with one or several heads. SPEC.md, section 13.9.
 
 use super::weighted::check_positive;
-use super::{Adaptable, Back, Described, Find, Forward, LinearMap, Module, Parameter, Pass, Signal, defined, prefixed};
+use super::{Back, Described, Find, Forward, LinearMap, Module, Pass, Signal, defined, prefixed, run_part, yes};
 use crate::matmul::{Accumulate, product_into_on_this_thread, run_tasks};
 use crate::{Error, Real, Result, Scalar};
-use ndarray::{Array3, Array4, ArrayD, ArrayView2, ArrayView4, ArrayViewMut2, ArrayViewMutD, Axis, Ix3, Ix4, Zip};
+use ndarray::{Array3, Array4, ArrayD, ArrayView2, ArrayView4, ArrayViewMut2, Axis, Ix3, Ix4, Zip};
 use rand_pcg::Pcg64;
 use serde::{Deserialize, Serialize};
 
@@ -31,10 +31,6 @@ pub struct SelfAttentionSettings {
 
 fn one() -> usize {
     1
-}
-
-fn yes() -> bool {
-    true
 }
 
 /// What the projections are called.
@@ -172,11 +168,7 @@ fn three_axes<T: Scalar>(x: ArrayD<T>) -> Array3<T> {
 impl<T: Scalar> SelfAttention<T> {
     /// Runs one of the projections.
     fn project<'m>(&'m self, which: usize, x: ArrayD<T>, pass: &Pass<'m, T>, wanted: bool) -> Result<Forward<'m, T>> {
-        let inside = pass.inside(PROJECTIONS[which]).requiring_grad_x(wanted);
-        let done = self.projections[which].forward(Signal::Values(x), &inside);
-        let (y, backward) = done.map_err(|error| inside.complain(error))?;
-        inside.show(&y);
-        Ok((y, backward))
+        run_part(PROJECTIONS[which], self.projections[which].as_ref(), Signal::Values(x), pass, wanted)
     }
 }
 
@@ -228,33 +220,12 @@ impl<T: Scalar> Module<T> for SelfAttention<T> {
             }),
         ))
     }
-    fn parameters(&self) -> Vec<Parameter<'_, T>> {
-        let named = PROJECTIONS.into_iter().zip(&self.projections);
-        named
-            .flat_map(|(part, projection)| {
-                let within = projection.parameters().into_iter();
-                within.map(move |parameter| Parameter { name: prefixed(part, &parameter.name), ..parameter })
-            })
-            .collect()
+    fn parts(&self) -> Vec<(&str, &dyn Module<T>)> {
+        PROJECTIONS.into_iter().zip(self.projections.iter().map(Box::as_ref)).collect()
     }
-    fn parameters_mut(&mut self) -> Vec<(String, ArrayViewMutD<'_, T>)> {
-        let named = PROJECTIONS.into_iter().zip(&mut self.projections);
-        named
-            .flat_map(|(part, projection)| {
-                projection.parameters_mut().into_iter().map(move |(name, values)| (prefixed(part, &name), values))
-            })
-            .collect()
-    }
-    fn freeze(&mut self) {
-        self.projections.iter_mut().for_each(|projection| projection.freeze());
-    }
-    fn layers_mut(&mut self) -> Vec<(String, &mut dyn Adaptable<T>)> {
-        let named = PROJECTIONS.into_iter().zip(&mut self.projections);
-        named
-            .flat_map(|(part, projection)| {
-                projection.layers_mut().into_iter().map(move |(_, layer)| (part.into(), layer))
-            })
-            .collect()
+    fn parts_mut(&mut self) -> Vec<(&str, &mut dyn Module<T>)> {
+        let projections = self.projections.iter_mut().map(|projection| projection.as_mut() as &mut dyn Module<T>);
+        PROJECTIONS.into_iter().zip(projections).collect()
     }
 }
 

@@ -3,7 +3,7 @@
 use super::weighted::check_positive;
 use super::{Back, Described, Find, Forward, Module, Parameter, Pass, Signal, defined};
 use crate::{Error, Real, Result, Scalar};
-use ndarray::{Array1, Array2, ArrayD, ArrayView1, ArrayViewMutD, Axis, Ix2, Zip};
+use ndarray::{Array1, Array2, ArrayD, ArrayViewMutD, Axis, Ix2, Zip};
 use rand_pcg::Pcg64;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -33,11 +33,6 @@ struct LayerNorm<T> {
     bias: Array1<T>,
     eps: T,
     trained: bool,
-}
-
-/// The sum of a function of two rows.
-fn dot<T: Scalar>(a: ArrayView1<'_, T>, b: ArrayView1<'_, T>) -> T {
-    a.dot(&b)
 }
 
 impl<T: Scalar> LayerNorm<T> {
@@ -72,7 +67,7 @@ impl<T: Scalar> Module<T> for LayerNorm<T> {
             for ((mut x, y), inverse) in x.outer_iter_mut().zip(y.outer_iter_mut()).zip(&mut inverse) {
                 let mean = x.sum() / count;
                 x.mapv_inplace(|x| x - mean);
-                *inverse = T::one() / (dot(x.view(), x.view()) / count + self.eps).sqrt();
+                *inverse = T::one() / (x.dot(&x) / count + self.eps).sqrt();
                 let inverse = *inverse;
                 x.mapv_inplace(|x| x * inverse); // E98
                 Zip::from(y).and(&x).and(&self.weight).and(&self.bias).for_each(|y, &x, &w, &b| *y = w * x + b); // E99
@@ -107,7 +102,7 @@ impl<T: Scalar> Module<T> for LayerNorm<T> {
                 blocks.for_each(|((mut dy, x_hat), inverse)| {
                     for ((mut dy, x_hat), &inverse) in dy.outer_iter_mut().zip(x_hat.outer_iter()).zip(&inverse) {
                         dy *= &self.weight;
-                        let (mean, along) = (dy.sum() / count, dot(dy.view(), x_hat) / count);
+                        let (mean, along) = (dy.sum() / count, dy.dot(&x_hat) / count);
                         Zip::from(dy).and(&x_hat).for_each(|dx, &x| *dx = inverse * (*dx - mean - along * x)); // E101
                     }
                 });

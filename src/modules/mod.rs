@@ -119,19 +119,45 @@ pub trait Module<T: Scalar>: Send + Sync {
     ///
     /// An input that does not fit (C1).
     fn forward<'m>(&'m self, x: Signal<T>, pass: &Pass<'m, T>) -> Result<Forward<'m, T>>;
+    /// The modules that it is made of, by their names: what follows is by default that of its parts.
+    fn parts(&self) -> Vec<(&str, &dyn Module<T>)> {
+        Vec::new()
+    }
+    /// The same, to be changed.
+    fn parts_mut(&mut self) -> Vec<(&str, &mut dyn Module<T>)> {
+        Vec::new()
+    }
     /// Every tensor, trained or not.
     fn parameters(&self) -> Vec<Parameter<'_, T>> {
-        Vec::new()
+        let parts = self.parts().into_iter();
+        parts
+            .flat_map(|(part, module)| {
+                let within = module.parameters().into_iter();
+                within.map(move |parameter| Parameter { name: prefixed(part, &parameter.name), ..parameter })
+            })
+            .collect()
     }
     /// Those that are trained, to be changed; their shapes cannot be.
     fn parameters_mut(&mut self) -> Vec<(String, ArrayViewMutD<'_, T>)> {
-        Vec::new()
+        let parts = self.parts_mut().into_iter();
+        parts
+            .flat_map(|(part, module)| {
+                module.parameters_mut().into_iter().map(move |(name, values)| (prefixed(part, &name), values))
+            })
+            .collect()
     }
     /// Has nothing of it trained any more, but for what is adapted.
-    fn freeze(&mut self) {}
+    fn freeze(&mut self) {
+        self.parts_mut().into_iter().for_each(|(_, module)| module.freeze());
+    }
     /// The layers in it that an adapter can be put on, by their names within it.
     fn layers_mut(&mut self) -> Vec<(String, &mut dyn Adaptable<T>)> {
-        Vec::new()
+        let parts = self.parts_mut().into_iter();
+        parts
+            .flat_map(|(part, module)| {
+                module.layers_mut().into_iter().map(move |(name, layer)| (prefixed(part, &name), layer))
+            })
+            .collect()
     }
     /// Whether anything in it is trained.
     fn is_trained(&self) -> bool {
@@ -154,9 +180,32 @@ pub trait Described: Sized {
     fn define<R: Real>(&self, x: Signal<R>, parameters: Find<'_, R>) -> ArrayD<R>;
 }
 
-/// Names within a part, as they are outside of it.
+/// A name within a part, as it is outside of it; the part's own is empty.
 fn prefixed(part: &str, name: &str) -> String {
-    if part.is_empty() { name.into() } else { format!("{part}.{name}") }
+    match (part, name) {
+        ("", name) => name.into(),
+        (part, "") => part.into(),
+        (part, name) => format!("{part}.{name}"),
+    }
+}
+
+/// Runs a part of a module: what it complains of and what it shows is under its name.
+fn run_part<'m, T: Scalar>(
+    part: &str,
+    module: &'m dyn Module<T>,
+    x: Signal<T>,
+    pass: &Pass<'m, T>,
+    requires_grad_x: bool,
+) -> Result<Forward<'m, T>> {
+    let inside = pass.inside(part).requiring_grad_x(requires_grad_x);
+    let (y, backward) = module.forward(x, &inside).map_err(|error| inside.complain(error))?;
+    inside.show(&y);
+    Ok((y, backward))
+}
+
+/// What a configuration means where it says nothing of something that is usually there.
+fn yes() -> bool {
+    true
 }
 
 /// The values of a definition's input.

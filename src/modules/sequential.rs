@@ -1,10 +1,8 @@
 //! Modules one after the other, and around each other. SPEC.md, section 13.6.
 
-use super::{
-    Adaptable, Back, Backward, Described, Find, Forward, Module, Parameter, Pass, Settings, Signal, defined, prefixed,
-};
+use super::{Back, Backward, Described, Find, Forward, Module, Pass, Settings, Signal, defined, prefixed, run_part};
 use crate::{Error, Real, Result, Scalar};
-use ndarray::{ArrayD, ArrayViewMutD, Zip};
+use ndarray::{ArrayD, Zip};
 use rand_pcg::Pcg64;
 use serde::{Deserialize, Serialize};
 
@@ -61,9 +59,7 @@ impl<T: Scalar> Module<T> for Sequential<T> {
         let mut wanted = pass.requires_grad_x();
         let mut x = x;
         for (name, module) in &self.modules {
-            let inside = pass.inside(name).requiring_grad_x(wanted);
-            let (y, backward) = module.forward(x, &inside).map_err(|error| inside.complain(error))?;
-            inside.show(&y);
+            let (y, backward) = run_part(name, module.as_ref(), x, pass, wanted)?;
             steps.push((name, backward));
             // Where nothing is trained up to here, no gradient is wanted.
             wanted |= module.is_trained();
@@ -84,39 +80,11 @@ impl<T: Scalar> Module<T> for Sequential<T> {
             }),
         ))
     }
-    fn parameters(&self) -> Vec<Parameter<'_, T>> {
-        self.modules
-            .iter()
-            .flat_map(|(name, module)| {
-                module
-                    .parameters()
-                    .into_iter()
-                    .map(move |parameter| Parameter { name: prefixed(name, &parameter.name), ..parameter })
-            })
-            .collect()
+    fn parts(&self) -> Vec<(&str, &dyn Module<T>)> {
+        self.modules.iter().map(|(name, module)| (name.as_str(), module.as_ref())).collect()
     }
-    fn parameters_mut(&mut self) -> Vec<(String, ArrayViewMutD<'_, T>)> {
-        self.modules
-            .iter_mut()
-            .flat_map(|(name, module)| {
-                let name = &*name;
-                module.parameters_mut().into_iter().map(move |(inner, values)| (prefixed(name, &inner), values))
-            })
-            .collect()
-    }
-    fn freeze(&mut self) {
-        self.modules.iter_mut().for_each(|(_, module)| module.freeze());
-    }
-    fn layers_mut(&mut self) -> Vec<(String, &mut dyn Adaptable<T>)> {
-        self.modules
-            .iter_mut()
-            .flat_map(|(name, module)| {
-                let name = &*name;
-                module.layers_mut().into_iter().map(move |(inner, layer)| {
-                    (if inner.is_empty() { name.clone() } else { prefixed(name, &inner) }, layer)
-                })
-            })
-            .collect()
+    fn parts_mut(&mut self) -> Vec<(&str, &mut dyn Module<T>)> {
+        self.modules.iter_mut().map(|(name, module)| (name.as_str(), module.as_mut() as &mut dyn Module<T>)).collect()
     }
 }
 
@@ -160,17 +128,11 @@ impl<T: Scalar> Module<T> for Residual<T> {
             }),
         ))
     }
-    fn parameters(&self) -> Vec<Parameter<'_, T>> {
-        self.inner.parameters()
+    fn parts(&self) -> Vec<(&str, &dyn Module<T>)> {
+        self.inner.parts()
     }
-    fn parameters_mut(&mut self) -> Vec<(String, ArrayViewMutD<'_, T>)> {
-        self.inner.parameters_mut()
-    }
-    fn freeze(&mut self) {
-        self.inner.freeze();
-    }
-    fn layers_mut(&mut self) -> Vec<(String, &mut dyn Adaptable<T>)> {
-        self.inner.layers_mut()
+    fn parts_mut(&mut self) -> Vec<(&str, &mut dyn Module<T>)> {
+        self.inner.parts_mut()
     }
 }
 

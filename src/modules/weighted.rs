@@ -1,6 +1,6 @@
 //! Layers with a weight: plain, frozen or trained, or frozen under an adapter. SPEC.md, sections 6 and 13.8.
 
-use super::{Back, Described, Find, Forward, Module, Parameter, Pass, Signal};
+use super::{Back, Described, Find, Forward, Module, Parameter, Pass, Signal, yes};
 use crate::operators::{
     Conv, ConvSettings, Embedding, EmbeddingSettings, Extents, Input, Linear, LinearSettings, Operator, Padding,
     PaddingMode, channel_sums, in_standard_layout,
@@ -35,16 +35,8 @@ pub trait Adaptable<T: Scalar> {
     ///
     /// As [`Layer::init`]; a dropout that is no probability (C4).
     fn adapt(&mut self, adapting: &Adapting, rng: &mut Pcg64) -> Result<()>;
-    /// Takes the adapter into the weight, which is plain and frozen from now on. Without an adapter nothing changes.
-    ///
-    /// # Errors
-    ///
-    /// As [`Layer::merge`].
-    fn merge(&mut self) -> Result<()>;
     /// The adapter in float64, and whether the layer is an embedding; `None` without one.
     fn adapter(&self) -> Option<(Adapter<f64>, bool)>;
-    /// The weight and the bias, to be given other values; their shapes cannot be. Under an adapter there are none.
-    fn weights_mut(&mut self) -> Vec<(&'static str, ArrayViewMutD<'_, T>)>;
 }
 
 struct Weighted<O, T> {
@@ -210,25 +202,12 @@ impl<O: Operator, T: Scalar> Adaptable<T> for Weighted<O, T> {
         self.state = State::Adapted { layer: Box::new(layer), dropout };
         Ok(())
     }
-    fn merge(&mut self) -> Result<()> {
-        if let State::Adapted { layer, .. } = &self.state {
-            let weight = layer.merge()?.weight.into();
-            self.state = State::Plain(Plain { weight, bias: layer.base().bias.clone(), trained: false });
-        }
-        Ok(())
-    }
     fn adapter(&self) -> Option<(Adapter<f64>, bool)> {
         let State::Adapted { layer, .. } = &self.state else { return None };
         let named: std::collections::BTreeMap<_, _> = layer.adapter().named(O::LORA_NAMES).into_iter().collect();
         let widened = |name| Ok(named[name].mapv(T::as_f64));
         let adapter = Adapter::from_named(layer.config().method, O::LORA_NAMES, widened);
         Some((adapter.expect("every tensor of the method"), O::LORA_A_STARTS_AT_ZERO))
-    }
-    fn weights_mut(&mut self) -> Vec<(&'static str, ArrayViewMutD<'_, T>)> {
-        match &mut self.state {
-            State::Plain(plain) => plain.tensors_mut(),
-            State::Adapted { .. } => Vec::new(),
-        }
     }
 }
 
@@ -315,10 +294,6 @@ pub struct LinearMap {
     /// Whether there is a bias.
     #[serde(default = "yes")]
     pub bias: bool,
-}
-
-fn yes() -> bool {
-    true
 }
 
 impl LinearMap {

@@ -17,11 +17,11 @@ use super::verify::{SLACK, Tolerance, Verdict, expected};
 use super::{CaseFile, Dtype};
 use crate::Result;
 use crate::cases::{Spec, Twist};
+use crate::digest::sha256;
 use crate::mistakes::{of_layer, results};
 use crate::registry::{Subject, choose, specs, with_mistakes};
 use serde::Serialize;
 use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
 
 /// What is written.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -161,7 +161,7 @@ fn one(layer: &'static dyn Subject, spec: &Spec, options: Options) -> Result<(En
     let bytes = file.to_bytes();
     let entry = Entry {
         file: format!("{}.safetensors", spec.name),
-        sha256: Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect(),
+        sha256: sha256(&bytes),
         layer: layer.name(),
         settings: file.case.settings,
         why: spec.why(),

@@ -3,8 +3,9 @@
 use super::checkpoint::{ADAPTER_FILE, Checkpoint};
 use super::model::{Found, Model, Naming};
 use super::module::{Module, has_norms, in_parallel};
-use super::record::{Change, Changed, FORMAT, Kept, RECORD_FILE, Record, hash_adapter, hexadecimal, write_record};
+use super::record::{Change, Changed, FORMAT, Kept, RECORD_FILE, Record, hash_adapter, write_record};
 use super::rewrite::{Make, Output, Outputs, Sink, Staged, round, round_rows, write_model};
+use crate::digest::{hexadecimal, sha256};
 use crate::dtype::Dtype;
 use crate::error::{check_finite, check_shape};
 use crate::tensor_file::{TensorFile, floating_point};
@@ -292,7 +293,7 @@ impl<'a> Work<'a> {
         let mut learned = self.learned.lock().expect("no thread has failed");
         let mut norms_sha256 = None;
         if let (Some(module), Some(norms)) = (&plan.module, norms) {
-            norms_sha256 = Some(hexadecimal(Sha256::new_with_prefix(Dtype::F64.encode(&norms))));
+            norms_sha256 = Some(sha256(Dtype::F64.encode(&norms)));
             learned.norms.insert(module.clone(), norms);
         }
         let changed = Changed {

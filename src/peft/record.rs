@@ -4,6 +4,7 @@ use super::checkpoint::{ADAPTER_FILE, Checkpoint};
 use super::config::CONFIG_FILE;
 use super::merge::planned;
 use super::rewrite::Staged;
+use crate::digest::hexadecimal;
 use crate::dtype::Dtype;
 use crate::tensor_file::TensorFile;
 use crate::tensor_writer::{Planned, TensorWriter};
@@ -70,10 +71,6 @@ pub(super) struct Record {
     /// The SHA-256 of every adapter's weights and of its configuration.
     pub adapters: Vec<[String; 2]>,
     pub tensors: Vec<Changed>,
-}
-
-pub(super) fn hexadecimal(digest: Sha256) -> String {
-    digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn hash_file(path: &Path) -> Result<String> {

@@ -4,8 +4,9 @@ use super::checkpoint::Checkpoint;
 use super::merge::{Progress, planned};
 use super::model::Model;
 use super::module::{Module, has_norms, in_parallel};
-use super::record::{BASE, Change, Changed, NORM, RECORD_FILE, Record, hash_adapter, hexadecimal, read_record};
+use super::record::{BASE, Change, Changed, NORM, RECORD_FILE, Record, hash_adapter, read_record};
 use super::rewrite::{Make, Output, Outputs, Sink, Staged, round, round_rows, write_model};
+use crate::digest::{hexadecimal, sha256};
 use crate::dtype::Dtype;
 use crate::tensor_file::{TensorFile, floating_point};
 use crate::tensor_writer::Planned;
@@ -163,7 +164,7 @@ impl Back<'_> {
         let norm_name = format!("{}{NORM}", module.name);
         let norms = has_norms(&module).then(|| Ok(self.file.values(&norm_name)?.0.flatten().to_vec())).transpose();
         let norms: Option<Vec<f64>> = norms.map_err(|error: Error| error.in_file(Path::new(RECORD_FILE)))?;
-        let hash = norms.as_ref().map(|norms| hexadecimal(Sha256::new_with_prefix(Dtype::F64.encode(norms))));
+        let hash = norms.as_ref().map(|norms| sha256(Dtype::F64.encode(norms)));
         if hash != changed.norms_sha256 {
             return Err(changed_since(&norm_name));
         }

@@ -1,6 +1,6 @@
 //! The same model adapted in five ways, over several seeds.
 
-use super::config::{Precision, ReadConfig};
+use super::config::ReadConfig;
 use super::curves::comparison;
 use super::data::Split;
 use super::files::replace;
@@ -10,6 +10,7 @@ use super::place::Misfit;
 use super::run::{Samples, median_milliseconds};
 use super::stage::{Keeper, Observer, Position, Stage};
 use super::{AdapterTable, Evaluation, Model, Prepared, StageTable};
+use crate::registry::Precision;
 use crate::tensor_file::TensorFile;
 use crate::wora::{Method, NormGradient};
 use crate::{Error, Result, Scalar};
@@ -151,17 +152,17 @@ fn train<T: Scalar>(
 ) -> Result<f64> {
     let aside = tempfile::tempdir().map_err(|error| Error::io(&std::env::temp_dir(), &error))?;
     let stage = Stage { name, table, data, split, seed, observer };
-    let mut nowhere = Nowhere { metrics: Metrics::open(aside.path(), 0)? };
-    stage.run(model, &mut Position::start(table), &mut nowhere)?;
+    let mut discarding = Discarding { metrics: Metrics::open(aside.path(), 0)? };
+    stage.run(model, &mut Position::start(table), &mut discarding)?;
     Ok(median_milliseconds(&super::metrics::records(aside.path())?, name))
 }
 
 /// Keeps lines only, and those only for as long as the stage.
-struct Nowhere {
+struct Discarding {
     metrics: Metrics,
 }
 
-impl<T> Keeper<T> for Nowhere {
+impl<T> Keeper<T> for Discarding {
     fn metrics(&mut self) -> &mut Metrics {
         &mut self.metrics
     }

@@ -25,12 +25,13 @@
 use super::data::DataConfig;
 use super::place::{Misfit, at};
 use super::{AdapterTable, Decay, OptimiserTable, Schedule};
+use crate::digest::sha256;
 use crate::modules::{Loss, Named, Sequential, Settings};
+use crate::registry::Precision;
 use crate::{Error, Result};
 use rand_pcg::Pcg64;
 use rand_pcg::rand_core::SeedableRng;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 
 /// A run: data, a model, how it is trained, how it is adapted.
@@ -68,17 +69,6 @@ pub struct Config {
     /// What `wora compare` compares.
     #[serde(default)]
     pub compare: CompareTable,
-}
-
-/// The type of numbers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// f32
-    #[default]
-    F32,
-    /// f64
-    F64,
 }
 
 /// The `[split]` table.
@@ -225,8 +215,7 @@ impl ReadConfig {
 
     /// What tells it from any other.
     pub(super) fn digest(&self) -> String {
-        let all = format!("{}\n{}", self.config.seed, self.text);
-        Sha256::digest(all).iter().map(|byte| format!("{byte:02x}")).collect()
+        sha256(format!("{}\n{}", self.config.seed, self.text))
     }
 
     /// A complaint about a key of it.

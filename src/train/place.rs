@@ -40,11 +40,10 @@ pub(super) fn at(path: &Path, text: &str, span: Option<Range<usize>>, message: &
 /// Where the value of a key stands, or of as much of it as there is.
 fn span(text: &str, key: &str) -> Option<Range<usize>> {
     let document = DeTable::parse(text).ok()?;
-    let mut found = None;
     let mut parts = key.split('.').filter(|part| !part.is_empty());
     let first = parts.next()?;
     let mut value = document.get_ref().get(first)?;
-    found.replace(value.span());
+    let mut found = value.span();
     for part in parts {
         let next = match value.get_ref() {
             DeValue::Table(table) => table.get(part),
@@ -53,9 +52,9 @@ fn span(text: &str, key: &str) -> Option<Range<usize>> {
         };
         let Some(next) = next else { break };
         value = next;
-        found = Some(value.span());
+        found = value.span();
     }
-    found
+    Some(found)
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! A run: the base model, the adapter on it, and what came of it.
 
-use super::config::{Precision, ReadConfig};
+use super::config::ReadConfig;
 use super::curves::curves;
 use super::data::{Dataset, Split, load, split, vocabulary};
 use super::files::{replace, replace_tensors};
@@ -10,8 +10,10 @@ use super::place::Misfit;
 use super::stage::{Keeper, Observer, Position, Stage};
 use super::state::{State, save};
 use super::{AdapterTable, Evaluation, Model, Prepared};
+use crate::digest::hexadecimal;
 use crate::dtype::Dtype;
 use crate::peft;
+use crate::registry::Precision;
 use crate::tensor_file::TensorFile;
 use crate::wora::Method;
 use crate::{Error, Result, Scalar};
@@ -184,9 +186,7 @@ impl<'c> Run<'c> {
             keeper.next(if config.adapt.is_some() { "adapt" } else { "done" })?;
         } else if let Some(base) = config.base.as_ref().filter(|_| resumed.is_none()) {
             let path = self.config.directory().join(base);
-            let mut model = Model::<T>::new(&config.model.modules, config.seed)?;
-            model.load(&TensorFile::open(&path)?).map_err(|error| error.in_file(&path))?;
-            self.write_base(&model)?;
+            self.write_base(&self.base_model::<T>(&path)?)?;
         }
         if let (Some(table), Some(adapter)) = (&config.adapt, &config.adapter) {
             let (data, split) = &samples.adapt;
@@ -212,7 +212,7 @@ impl<'c> Run<'c> {
     }
 
     /// The base model from its file.
-    pub(super) fn base_model<T: Scalar>(&self, path: &Path) -> Result<Model<T>> {
+    fn base_model<T: Scalar>(&self, path: &Path) -> Result<Model<T>> {
         let mut model = Model::new(&self.config.config.model.modules, self.config.config.seed)?;
         model.load(&TensorFile::open(path)?).map_err(|error| error.in_file(path))?;
         Ok(model)
@@ -358,7 +358,7 @@ impl<T: Scalar> Samples<T> {
         let mut hash = Sha256::new();
         let all = self.pretrain.0.bytes().chain(self.adapt.0.bytes());
         all.for_each(|number| hash.update(number));
-        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        hexadecimal(hash)
     }
 
     pub fn read(read: &ReadConfig) -> Result<Self> {

@@ -184,7 +184,6 @@ impl<T: Scalar> Stage<'_, T> {
             let seed = seed_of("dropout", self.seed, &[position.step as u64, number as u64]);
             let pass = Pass::training(seed).within(workspace);
             let (x, targets) = self.data.batch(samples);
-            let again = x.clone();
             if position.first.is_none() {
                 let sizes =
                     blame::sizes(model, x.clone(), &pass).map_err(|error| self.blamed(error, model, position))?;
@@ -196,7 +195,7 @@ impl<T: Scalar> Stage<'_, T> {
             let (part, of_batch) = (samples.len() as f64 / all as f64, of_batch.as_f64());
             let (first, before) = position.first.as_ref().expect("sizes of the first step");
             if !of_batch.is_finite() || of_batch > EXPLOSION * first {
-                let now = blame::sizes(model, again, &pass)?;
+                let now = blame::sizes(model, self.data.batch(samples).0, &pass)?;
                 return Err(self.diverged(position.step, of_batch, blame::forward(model, before, &now)));
             }
             if part < 1.0 {
