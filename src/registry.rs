@@ -14,8 +14,8 @@ use crate::mistakes::{Anchor, Evaluated, Formula, FormulaResults, Mistake, Spoil
 use crate::operators::{Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operator, in_standard_layout};
 use crate::traced::Traced;
 use crate::wora::{
-    Adapter, Base, Cache, Config, Definition, Evaluation, Gradients, Layer, Method, NormGradient, RequiresGrad,
-    SCALE_NAMES, Storage, as_matrix, check_mask,
+    Adapter, Base, Cache, Config, Definition, Evaluation, Gradients, Layer, Line, Method, NormGradient, RequiresGrad,
+    SCALE_NAMES, Storage, Workspace, as_matrix, check_mask, watched,
 };
 use crate::{Counted, Dual, DualForward, Error, Real, Result, Rounded, Scalar};
 use ndarray::{ArcArray, Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Axis, IxDyn, Zip};
@@ -164,6 +164,12 @@ pub trait Subject: Sync {
     ///
     /// As [`Subject::evaluate`].
     fn expect(&self, case: &Case, storages: &[Storage]) -> Result<(Tensors, Vec<Tensors>)>;
+    /// Every line that the definition works out in a case, and every line that the production path does.
+    ///
+    /// # Errors
+    ///
+    /// As [`Subject::evaluate`].
+    fn walk(&self, case: &Case) -> Result<[Vec<Line>; 2]>;
     /// The layer of a case, its input and its cotangent, to be run again and again.
     ///
     /// # Errors
@@ -412,6 +418,20 @@ impl<O: Operator> Subject for Adapted<O> {
         let rounding = |&storage: &Storage| answers(parts.layer.rounding(&cache, dy.clone(), &results, storage));
         let errors = storages.iter().map(rounding).collect();
         Ok((answers(results), errors))
+    }
+    fn walk(&self, case: &Case) -> Result<[Vec<Line>; 2]> {
+        let defined = Self::with_definition(
+            case,
+            |_, values| values.to_owned(),
+            |definition, dy| watched(|watch| definition.evaluate_watched(dy, watch)).1,
+        )?;
+        let Parts { layer, x, mask, dy } = Self::parts::<f64>(case)?;
+        let (done, produced) = watched(|watch| {
+            let mask = mask.as_ref().map(|mask| mask.view());
+            let (_, cache) = layer.forward_watched(&Workspace::default(), x, mask, watch)?;
+            dy.map_or(Ok(()), |dy| layer.backward_watched(&cache, dy.view(), RequiresGrad::ALL, watch).map(|_| ()))
+        });
+        done.map(|()| [defined, produced])
     }
     fn training_step(&self, case: &Case, precision: Precision) -> Result<Box<dyn TrainingStep>> {
         match precision {

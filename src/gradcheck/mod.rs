@@ -41,6 +41,7 @@ mod function;
 mod identities;
 mod modules;
 mod report;
+mod slopes;
 mod trial;
 
 pub use comparison::{Comparison, Element, Place, Said, TensorReport, Verdict, Witness, Worst};
@@ -49,6 +50,7 @@ pub use function::{Function, gradcheck};
 pub use identities::Identity;
 pub use modules::{check_entry, check_module};
 pub use report::{CaseReport, Law};
+pub use slopes::{Curve, Slope, Slopes, curve, slopes};
 pub use trial::{Trial, check_mistake, try_mistake};
 
 use crate::case::{Case, Tensor, Tensors};
@@ -101,20 +103,8 @@ fn examine(subject: &dyn Subject, case: &Case, options: Options) -> Result<Found
     let defined = subject.define(case)?;
     let expected = subject.roundings(case)?;
     let identities = identities(subject, case, &ours, &expected)?;
-
-    let layer = OfCase { subject, case, surrogate: subject.surrogate(case)?, dual: subject.dual(case)? };
-    let differentiated = |(name, tensor): (&String, &Tensor)| match tensor {
-        Tensor::Float(values) if expected.contains_key(&format!("grad.{name}")) => {
-            Some((name.clone(), values.to_owned()))
-        }
-        _ => None,
-    };
-    let inputs: Tensors = case.tensors.iter().filter_map(differentiated).collect();
-    let (cotangent, y) = (case.values("grad.y")?.to_owned(), layer.forward(&inputs)?);
-    let survey =
-        Survey { function: &layer, inputs: &inputs, cotangent: &cotangent, y: &y, expected: Some(&expected), options };
-
-    let tensors = testify([&ours, &single, &defined], &survey)?;
+    let tensors =
+        with_survey(subject, case, &expected, options, |survey| testify([&ours, &single, &defined], survey))?;
     let mut laws = vec![
         Law::same_bits(&ours, &subject.evaluate(case, Precision::F64)?),
         Law { name: "inputs are left as they were", holds: *case == before },
@@ -129,6 +119,27 @@ fn examine(subject: &dyn Subject, case: &Case, options: Options) -> Result<Found
         });
     }
     Ok(Found { tensors, identities, laws })
+}
+
+/// Hands `run` the surrogate of a layer at a case as what is surveyed; `expected` are its results on numbers that estimate
+/// their rounding.
+fn with_survey<Out>(
+    subject: &dyn Subject,
+    case: &Case,
+    expected: &BTreeMap<String, ArrayD<Rounded>>,
+    options: Options,
+    run: impl FnOnce(&Survey<'_>) -> Result<Out>,
+) -> Result<Out> {
+    let layer = OfCase { subject, case, surrogate: subject.surrogate(case)?, dual: subject.dual(case)? };
+    let differentiated = |(name, tensor): (&String, &Tensor)| match tensor {
+        Tensor::Float(values) if expected.contains_key(&format!("grad.{name}")) => {
+            Some((name.clone(), values.to_owned()))
+        }
+        _ => None,
+    };
+    let inputs: Tensors = case.tensors.iter().filter_map(differentiated).collect();
+    let (cotangent, y) = (case.values("grad.y")?.to_owned(), layer.forward(&inputs)?);
+    run(&Survey { function: &layer, inputs: &inputs, cotangent: &cotangent, y: &y, expected: Some(expected), options })
 }
 
 /// Results by the production path in f64 and in f32 and by the definition, tensor by tensor before every witness. What

@@ -8,7 +8,7 @@ use crate::cases::Spec;
 use crate::mistakes::{Formula, Mistake, TracedForward};
 use crate::registry::{Forward, Precision, RoundTrip, Subject, layer, mistaken};
 use crate::traced::Traced;
-use crate::wora::Storage;
+use crate::wora::{Line, Storage};
 use crate::{DualForward, Error, Real, Result, Rounded};
 use ndarray::ArrayD;
 use serde::Serialize;
@@ -137,6 +137,9 @@ impl Subject for Mistaken {
     }
     fn expect(&self, case: &Case, storages: &[Storage]) -> Result<(Tensors, Vec<Tensors>)> {
         self.subject.expect(case, storages)
+    }
+    fn walk(&self, case: &Case) -> Result<[Vec<Line>; 2]> {
+        self.subject.walk(case)
     }
     fn training_step(&self, case: &Case, precision: Precision) -> Result<Box<dyn TrainingStep>> {
         self.subject.training_step(case, precision)

@@ -23,6 +23,7 @@
 //! ```
 
 use super::adapter::as_matrix;
+use super::watch::{Watch, unwatched};
 use super::{Adapter, Base, Config, Gradients, Method, NormAxis, NormGradient};
 use crate::Real;
 use crate::operators::{Operator, Term};
@@ -89,6 +90,20 @@ struct Norms<R> {
     n: Vec<R>,
 }
 
+impl<R: Real> Weights<R> {
+    fn show(&self, watch: &mut Watch<'_, R>) {
+        watch("E9", "BA", &|| self.delta.clone().into_dyn());
+        watch("E9", "V", &|| self.weighted.clone().into_dyn());
+        if let Some(Norms { m, norm, n }) = &self.norms {
+            let gain = || m.iter().zip(n).map(|(&m, &n)| gain(m, n)).collect::<Array1<_>>();
+            watch("E10", "||V||", &|| Array1::from(norm.clone()).into_dyn());
+            watch("E10", "n", &|| Array1::from(n.clone()).into_dyn());
+            watch("E11", "g", &|| gain().into_dyn());
+        }
+        watch("E12", "W'", &|| self.merged.clone().into_dyn());
+    }
+}
+
 impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
     /// y, the stages of the weight, and, given the cotangent dy, every gradient.
     ///
@@ -96,14 +111,26 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
     ///
     /// If the tensors' shapes do not fit together: [`Layer::new`](super::Layer::new) is what checks them.
     pub fn evaluate(&self, dy: Option<ArrayViewD<'_, f64>>) -> Evaluation<R> {
+        self.evaluate_watched(dy, &mut unwatched)
+    }
+
+    /// [`Definition::evaluate`], every line of which is shown to `watch`.
+    ///
+    /// # Panics
+    ///
+    /// As [`Definition::evaluate`].
+    pub fn evaluate_watched(&self, dy: Option<ArrayViewD<'_, f64>>, watch: &mut Watch<'_, R>) -> Evaluation<R> {
         let weights = self.weights();
+        weights.show(watch);
+        let y = self.forward(&weights);
+        watch("E13", "y", &|| y.clone());
         Evaluation {
-            y: self.forward(&weights),
+            y,
             weighted: Some(self.operator.stored_weight(weights.weighted.clone())),
             weight_norm: weights.norms.as_ref().map(|norms| norms.n.clone().into()),
             gain: weights.norms.as_ref().map(|Norms { m, n, .. }| m.iter().zip(n).map(|(&m, &n)| gain(m, n)).collect()),
             merged_weight: Some(self.operator.stored_weight(weights.merged.clone())),
-            gradients: dy.map(|dy| self.backward(&weights, &dy.mapv(R::constant))),
+            gradients: dy.map(|dy| self.backward(&weights, &dy.mapv(R::constant), watch)),
         }
     }
 
@@ -218,7 +245,7 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
     }
 
     /// The adjoint of every line of the forward, last line first. SPEC.md, section 4.2.
-    fn backward(&self, weights: &Weights<R>, dy: &ArrayD<R>) -> Gradients<R> {
+    fn backward(&self, weights: &Weights<R>, dy: &ArrayD<R>, watch: &mut Watch<'_, R>) -> Gradients<R> {
         let zero = R::constant(0.0);
         let (units, fan_in) = weights.base.dim();
         let (x, mask, dy_flat) = (self.x.as_ref().map(flat), self.mask.as_ref().map(flat), flat(dy));
@@ -234,14 +261,15 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
                 None => weights.merged[at],
                 Some(kept) => weights.base[at] + (weights.merged[at] - weights.base[at]) * kept,
             };
-            dmerged[at] = dmerged[at] + kept.map_or(dy * factor, |kept| dy * factor * kept);
+            dmerged[at] = dmerged[at] + kept.map_or(dy * factor, |kept| dy * factor * kept); // E142
             if let Some(kept) = kept {
-                dbase[at] = dbase[at] + (dy * factor - dy * factor * kept);
+                dbase[at] = dbase[at] + (dy * factor - dy * factor * kept); // E150
             }
             if let Some(input) = t.input {
-                dx[input] = dx[input] + dy * R::constant(t.factor) * weight;
+                dx[input] = dx[input] + dy * R::constant(t.factor) * weight; // E143
             }
         });
+        watch("E142", "dW'", &|| dmerged.clone().into_dyn());
 
         // W' = g V, so dV = g dW', and through the norm, where it is not held constant, dV = k V beside.
         // A and W0 learn from the lookup through the operator's fraction alone; the norm has no such thing.
@@ -256,22 +284,26 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
             let mut dgain = vec![zero; n.len()];
             for ((u, j), &d) in dmerged.indexed_iter() {
                 let i = self.norm_index(u, j);
-                dgain[i] = dgain[i] + d * weights.weighted[[u, j]]; // E27
+                dgain[i] = dgain[i] + d * weights.weighted[[u, j]]; // E144
             }
+            watch("E144", "c", &|| Array1::from(dgain.clone()).into_dyn());
             let full = self.config.norm_gradient == NormGradient::Full && self.frozen_norm.is_none();
             for ((u, j), &d) in dmerged.indexed_iter() {
                 let (at, i) = ([u, j], self.norm_index(u, j));
                 let g = gain(m[i], n[i]);
-                dweighted[at] = g * d;
+                dweighted[at] = g * d; // E145
                 dlooked_up[at] = g * part(&fraction, j, d);
                 if full && n[i].value() != 0.0 {
-                    let through_norm = dgain[i] / n[i] * (g / norm[i]) * weights.weighted[at]; // E31
+                    let through_norm = dgain[i] / n[i] * (g / norm[i]) * weights.weighted[at]; // E31, E145
                     dweighted[at] = dweighted[at] - through_norm;
                     dlooked_up[at] = dlooked_up[at] - through_norm;
                 }
             }
-            dmagnitude = Some(dgain.iter().zip(n).map(|(&c, &n)| gain(c, n)).collect()); // E28
+            dmagnitude = Some(dgain.iter().zip(n).map(|(&c, &n)| gain(c, n)).collect::<Vec<R>>()); // E28
+            let dmagnitude = dmagnitude.iter().flatten().copied();
+            watch("E28", "dm", &|| dmagnitude.clone().collect::<Array1<_>>().into_dyn());
         }
+        watch("E145", "dV", &|| dweighted.clone().into_dyn());
 
         // V = beta W0 + alpha s B A.
         let (alpha, beta, s) = (self.alpha(), self.beta(), R::constant(self.config.scaling));
@@ -279,16 +311,23 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
         let (mut dalpha, mut dbeta) = (zero, zero);
         let (mut da, mut db) = (Array2::from_elem(a.dim(), zero), Array2::from_elem(b.dim(), zero));
         for ((u, j), &dv) in dweighted.indexed_iter() {
-            dalpha = dalpha + s * dv * weights.delta[[u, j]];
-            dbeta = dbeta + dv * weights.base[[u, j]];
+            dalpha = dalpha + s * dv * weights.delta[[u, j]]; // E146
+            dbeta = dbeta + dv * weights.base[[u, j]]; // E147
             let dv_looked_up = dlooked_up[[u, j]];
-            dbase[[u, j]] = dbase[[u, j]] + beta * dv_looked_up;
+            dbase[[u, j]] = dbase[[u, j]] + beta * dv_looked_up; // E150
             let first = self.first_rank(u, b.ncols());
             for k in 0..b.ncols() {
-                db[[u, k]] = db[[u, k]] + alpha * s * dv * a[[first + k, j]];
-                da[[first + k, j]] = da[[first + k, j]] + alpha * s * dv_looked_up * b[[u, k]];
+                db[[u, k]] = db[[u, k]] + alpha * s * dv * a[[first + k, j]]; // E148
+                da[[first + k, j]] = da[[first + k, j]] + alpha * s * dv_looked_up * b[[u, k]]; // E149
             }
         }
+        if self.config.method == Method::Wora {
+            watch("E146", "dalpha", &|| ArrayD::from_elem(IxDyn(&[]), dalpha));
+            watch("E147", "dbeta", &|| ArrayD::from_elem(IxDyn(&[]), dbeta));
+        }
+        watch("E148", "dB", &|| db.clone().into_dyn());
+        watch("E149", "dA", &|| da.clone().into_dyn());
+        watch("E150", "dW0", &|| dbase.clone().into_dyn());
         let dbias = self.base.bias.as_ref().map(|bias| {
             let outputs_of_unit: usize = dy.shape()[self.operator.unit_axis(dy.ndim()) + 1..].iter().product();
             let mut dbias = ArrayD::from_elem(bias.shape(), zero);
@@ -299,9 +338,13 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
             dbias
         });
 
+        let dx = self.x.as_ref().map(|x| ArrayD::from_shape_vec(x.shape(), dx).expect("as many as x"));
+        if let Some(dx) = &dx {
+            watch("E143", "dx", &|| dx.clone());
+        }
         let scalar = |value| (self.config.method == Method::Wora).then(|| ArrayD::from_elem(IxDyn(&[]), value));
         Gradients {
-            x: self.x.as_ref().map(|x| ArrayD::from_shape_vec(x.shape(), dx).expect("as many as x")),
+            x: dx,
             weight: Some(self.operator.stored_weight(dbase)),
             bias: dbias,
             adapter: Adapter {

@@ -4,6 +4,7 @@
 //! With `norm_axis = "input"` the same lines run on the transposed factors: the columns of
 //! `beta W0 + alpha s B A` are the rows of `beta W0^T + alpha s A^T B^T`.
 
+use super::watch::Watch;
 use super::{Config, ZeroNorm};
 use crate::matmul::{Accumulate, PARALLEL_FLOPS, product, product_into};
 use crate::operators::group_slice;
@@ -173,6 +174,15 @@ impl<T: Scalar> Direction<T> {
         let weight_norm = weight_norm(norm.view(), config)?;
         let gain = Self::gain(magnitude, weight_norm.view());
         Ok(Self { norm, weight_norm, gain, cross, mixed, base_delta, delta_sq })
+    }
+
+    /// What `||V||^2` is made of, and what comes of it.
+    pub(crate) fn show(&self, factors: &Factors<'_, T>, watch: &mut Watch<'_, T>) {
+        watch("E14", "||W0||^2", &|| factors.base_sq.to_owned().into_dyn());
+        watch("E14", "<W0, BA>", &|| self.base_delta.clone().into_dyn());
+        watch("E14", "||BA||^2", &|| self.delta_sq.clone().into_dyn());
+        watch("E14", "||V||", &|| self.norm.clone().into_dyn());
+        watch("E11", "g", &|| self.gain.clone().into_dyn());
     }
 
     /// `g = m / n`, 0 where there is no direction. E11

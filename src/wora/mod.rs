@@ -10,6 +10,7 @@ mod layer;
 mod merge;
 mod passes;
 mod rounding;
+mod watch;
 mod workspace;
 
 pub use adapter::{Adapter, Base, LoraInit};
@@ -22,4 +23,6 @@ pub use merge::Merged;
 pub(crate) use passes::check_mask;
 pub use passes::{Cache, Gradients, RequiresGrad};
 pub use rounding::Storage;
+pub(crate) use watch::watched;
+pub use watch::{Line, Watch};
 pub use workspace::Workspace;

@@ -3,10 +3,11 @@
 //! `y = op(x - x~, W0) + g_out (beta op(u, W0) + alpha s B op(u, A)) + b`, `u = g_in x~`.
 
 use super::direction::Direction;
+use super::watch::{Watch, unwatched};
 use super::{Adapter, Layer, Method, NormAxis, NormGradient, Workspace};
 use crate::error::check_shape;
 use crate::operators::{
-    Contracted, Input, Operator, channel_sums, contract, in_standard_layout, scale_and_mix_into, scale_into,
+    Contracted, Input, Operator, channel_sums, contract, in_standard_layout, mix_into, scale_and_mix_into, scale_into,
 };
 use crate::{Error, Result, Scalar};
 use ndarray::{
@@ -120,9 +121,27 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         x: O::Input<'x, T>,
         mask: Option<ArrayViewD<'_, T>>,
     ) -> Result<(ArrayD<T>, Cache<'x, O, T>)> {
+        self.forward_watched(workspace, x, mask, &mut unwatched)
+    }
+
+    /// [`Layer::forward_in`], every line of which is shown to `watch`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Layer::forward`].
+    pub(crate) fn forward_watched<'x>(
+        &self,
+        workspace: &Workspace<T>,
+        x: O::Input<'x, T>,
+        mask: Option<ArrayViewD<'_, T>>,
+        watch: &mut Watch<'_, T>,
+    ) -> Result<(ArrayD<T>, Cache<'x, O, T>)> {
         let direction = self.direction()?;
+        if let Some(direction) = &direction {
+            direction.show(&self.factors(), watch);
+        }
         let gain = direction.as_ref().map(|direction| direction.gain.view());
-        let (y, mut cache) = self.forward_with_gain(workspace, x, mask, gain)?;
+        let (y, mut cache) = self.forward_with_gain(workspace, x, mask, gain, watch)?;
         cache.direction = direction;
         Ok((y, cache))
     }
@@ -142,7 +161,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         check_shape("weight_norm", self.base_sq.shape(), weight_norm.shape())?; // C1
         let gain = self.magnitude().map(|magnitude| Direction::gain(magnitude, weight_norm));
         let gain = gain.as_ref().map(|gain| gain.view());
-        Ok(self.forward_with_gain(&Workspace::default(), x, mask, gain)?.0)
+        Ok(self.forward_with_gain(&Workspace::default(), x, mask, gain, &mut unwatched)?.0)
     }
 
     /// The gains of input columns and of output units: at most one of them is not 1.
@@ -162,6 +181,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         x: O::Input<'x, T>,
         mask: Option<ArrayViewD<'_, T>>,
         gain: Option<ArrayView1<'_, T>>,
+        watch: &mut Watch<'_, T>,
     ) -> Result<(ArrayD<T>, Cache<'x, O, T>)> {
         let output_shape = self.operator.output_shape(&x)?;
         let dropped = mask.map(|mask| masked::<O, T>(&x, mask)).transpose()?;
@@ -173,11 +193,21 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
             let scaled = &met.values().expect("features") * &gain; // E15
             O::Input::from_values(scaled).expect("features")
         });
+        if let Some(u) = gained.as_ref().unwrap_or(met).values() {
+            watch("E15", "u", &|| u.to_owned());
+        }
         let [outer, inner] = self.operator.places(&x);
         let output = |weight: ArrayView2<'_, T>| workspace.array(Ix3(outer, weight.nrows(), inner));
         let (mut base_output, mut lora_output) = (output(self.weight()), output(self.a()));
         let outputs = vec![base_output.view_mut(), lora_output.view_mut()];
         self.operator.apply_into(gained.as_ref().unwrap_or(met), &[self.weight(), self.a()], outputs); // E16
+        watch("E16", "P", &|| base_output.clone().into_dyn());
+        watch("E16", "U", &|| lora_output.clone().into_dyn());
+        watch("E5", "Z", &|| {
+            let mut mixed = Array3::zeros(base_output.dim());
+            mix_into(mixed.view_mut(), self.b(), lora_output.view(), self.operator.groups());
+            mixed.into_dyn()
+        });
 
         let gain_out = gain_out.map_or_else(|| Array1::ones(self.operator.units()), |gain| gain.to_owned());
         let bias = self.base.bias.as_ref().map(|bias| bias.view().into_dimensionality().expect("[units]"));
@@ -191,6 +221,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
             y += &self.operator.apply(&kept.expect("values"), &[self.weight()])[0]; // E17
         }
         let y = y.into_shape_with_order(output_shape.clone()).expect("as many outputs as the shape says");
+        watch("E17", "y", &|| y.clone());
         Ok((y, Cache { x, dropped, gained, base_output, lora_output, direction: None, output_shape }))
     }
 
@@ -223,7 +254,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         requires_grad: RequiresGrad,
     ) -> Result<Gradients<T>> {
         let lora_output = std::mem::replace(&mut cache.lora_output, Array3::zeros((0, 0, 0)));
-        let gradients = self.gradients(workspace, &cache, lora_output, dy, requires_grad);
+        let gradients = self.gradients(workspace, &cache, lora_output, dy, requires_grad, &mut unwatched);
         workspace.recycle(cache.base_output);
         gradients
     }
@@ -235,7 +266,22 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         dy: ArrayViewD<'_, T>,
         requires_grad: RequiresGrad,
     ) -> Result<Gradients<T>> {
-        self.gradients(&Workspace::default(), cache, cache.lora_output.clone(), dy, requires_grad)
+        self.backward_watched(cache, dy, requires_grad, &mut unwatched)
+    }
+
+    /// [`Layer::backward_of`], every line of which is shown to `watch`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Layer::backward`].
+    pub(crate) fn backward_watched(
+        &self,
+        cache: &Cache<'_, O, T>,
+        dy: ArrayViewD<'_, T>,
+        requires_grad: RequiresGrad,
+        watch: &mut Watch<'_, T>,
+    ) -> Result<Gradients<T>> {
+        self.gradients(&Workspace::default(), cache, cache.lora_output.clone(), dy, requires_grad, watch)
     }
 
     /// [`Layer::backward`], but for the cache's U, which is handed over.
@@ -246,6 +292,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         lora_output: Array3<T>,
         dy: ArrayViewD<'_, T>,
         requires_grad: RequiresGrad,
+        watch: &mut Watch<'_, T>,
     ) -> Result<Gradients<T>> {
         check_shape("grad.y", &cache.output_shape, dy.shape())?; // C1
         let groups = self.operator.groups();
@@ -264,6 +311,17 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         let mut dalpha = scaling * gain_out.dot(&z); // E21
         let mut db = &s * &gain_gamma; // E22
         let mut da = self.operator.adjoint_weight(cache.u(), t.view()); // E24
+        watch("E18", "H", &|| (&dy * &gain_out.view().insert_axis(Axis(1))).into_dyn());
+        watch("E19", "p", &|| p.clone().into_dyn());
+        watch("E19", "S", &|| s.clone().into_dyn());
+        watch("E19", "z", &|| z.clone().into_dyn());
+        if self.config.method == Method::Wora {
+            watch("E20", "dbeta", &|| ArrayD::from_elem(IxDyn(&[]), dbeta));
+            watch("E21", "dalpha", &|| ArrayD::from_elem(IxDyn(&[]), dalpha));
+        }
+        watch("E22", "dB", &|| db.clone().into_dyn());
+        watch("E23", "T", &|| t.clone().into_dyn());
+        watch("E24", "dA", &|| da.clone().into_dyn());
         let scale = &gain_out * beta;
         let h_beta = || {
             let mut h_beta = workspace.array(dy.raw_dim());
@@ -288,7 +346,13 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
             du
         });
         workspace.recycle(t);
+        if let Some(du) = &du {
+            watch("E25", "du", &|| du.clone());
+        }
         let mut weight = requires_grad.weight.then(|| self.adjoint_weight(cache, dy.view(), h_beta().view()));
+        if let Some(weight) = &weight {
+            watch("E29", "dW0", &|| weight.clone().into_dyn());
+        }
 
         let mut magnitude = None;
         if let Some(direction) = &cache.direction {
@@ -297,29 +361,46 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
                 NormAxis::Input => column_sums(feature_products(cache, du.as_ref().expect("features"))), // E27
             };
             magnitude = Some(direction.dmagnitude(dgain.view())); // E28
+            watch("E27", "c", &|| dgain.clone().into_dyn());
+            watch("E28", "dm", &|| direction.dmagnitude(dgain.view()).into_dyn());
             if self.config.norm_gradient == NormGradient::Full {
                 let (k, factors) = (direction.norm_weight(dgain.view()), self.factors());
                 direction.check_squares(&factors)?; // C11
                 let path = direction.adjoint(k.view(), &factors);
+                watch("E31", "k", &|| k.clone().into_dyn());
                 dalpha += path.dalpha; // E32
                 dbeta += path.dbeta; // E33
+                if self.config.method == Method::Wora {
+                    watch("E32", "dalpha", &|| ArrayD::from_elem(IxDyn(&[]), dalpha));
+                    watch("E33", "dbeta", &|| ArrayD::from_elem(IxDyn(&[]), dbeta));
+                }
                 let (path_b, path_a) = match self.config.norm_axis {
                     NormAxis::Output => (path.d_left, path.d_right),
                     NormAxis::Input => (path.d_right.reversed_axes(), path.d_left.reversed_axes()),
                 };
                 db += &path_b; // E34
                 da += &path_a; // E35
+                watch("E34", "dB", &|| db.clone().into_dyn());
+                watch("E35", "dA", &|| da.clone().into_dyn());
                 if let Some(weight) = &mut weight {
                     let rows = match self.config.norm_axis {
                         NormAxis::Output => weight.view_mut(),
                         NormAxis::Input => weight.view_mut().reversed_axes(),
                     };
                     direction.adjoint_base(k.view(), &factors, rows); // E36
+                    watch("E36", "dW0", &|| weight.clone().into_dyn());
                 }
             }
         }
 
         let x = du.filter(|_| requires_grad.x).map(|du| self.adjoint_x(cache, dy.view(), du, gain_in));
+        if let Some(dx) = &x {
+            watch("E26", "dx", &|| dx.clone());
+        }
+        let bias = self.base.bias.as_ref().filter(|_| requires_grad.bias).map(|_| channel_sums(dy.view()).into_dyn()); // E30
+        if let Some(db) = &bias {
+            watch("E30", "db", &|| db.clone());
+        }
         let stored = |tensor: &ArrayD<T>, gradient: Array2<T>| {
             in_standard_layout(gradient).into_shape_with_order(tensor.shape()).expect("as many as the tensor has")
         };
@@ -328,7 +409,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         Ok(Gradients {
             x,
             weight: weight.map(|weight| self.operator.stored_weight(weight)),
-            bias: self.base.bias.as_ref().filter(|_| requires_grad.bias).map(|_| channel_sums(dy.view()).into_dyn()), // E30
+            bias,
             adapter: Adapter {
                 lora_a: stored(&self.adapter.lora_a, da),
                 lora_b: stored(&self.adapter.lora_b, db),
