@@ -20,6 +20,7 @@
 pub mod bench;
 pub mod case;
 pub mod cases;
+pub mod explain;
 pub mod gradcheck;
 pub mod matmul;
 pub mod mistakes;
@@ -44,6 +45,7 @@ mod error;
 mod rounded;
 mod scalar;
 mod simd;
+mod whole_file;
 
 pub use counted::Counted;
 pub use dual::{Dual, DualForward, DualTensors};

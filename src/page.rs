@@ -6,9 +6,12 @@
 //! assert!(html.contains("<math") && !html.contains("<script"));
 //! ```
 
+use crate::Result;
+use crate::whole_file::replace;
 use pulldown_latex::config::{DisplayMode, RenderConfig};
 use pulldown_latex::mathml::push_mathml;
 use pulldown_latex::{Parser, Storage};
+use std::path::Path;
 
 /// A page that is being written.
 #[derive(Clone, Debug)]
@@ -32,7 +35,16 @@ impl Page {
         self
     }
 
-    /// The page.
+    /// Writes the page to a file, which is there as a whole or as it was before.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be written.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        replace(path, |out| out.write_all(self.to_html().as_bytes()))
+    }
+
+    /// The page as text.
     pub fn to_html(&self) -> String {
         let title = escape(&self.title);
         let entry = |(number, (title, _)): (usize, &(String, String))| {

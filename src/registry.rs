@@ -137,8 +137,20 @@ pub trait Subject: Sync {
     fn name(&self) -> &'static str;
     /// Its cases.
     fn specs(&self) -> &'static [Spec];
-    /// The case of a spec.
-    fn draw(&self, spec: &Spec, seed: u64) -> Case;
+    /// The case of a spec of this layer.
+    ///
+    /// # Panics
+    ///
+    /// If the spec contradicts itself.
+    fn draw(&self, spec: &Spec, seed: u64) -> Case {
+        self.try_draw(spec, seed).expect("a spec that does not contradict itself")
+    }
+    /// The case of any spec.
+    ///
+    /// # Errors
+    ///
+    /// A spec that contradicts itself.
+    fn try_draw(&self, spec: &Spec, seed: u64) -> Result<Case>;
     /// Forward, and backward where there is a cotangent, by the production path.
     ///
     /// # Errors
@@ -393,10 +405,13 @@ impl<O: Operator> Subject for Adapted<O> {
     fn specs(&self) -> &'static [Spec] {
         self.specs
     }
-    fn draw(&self, spec: &Spec, seed: u64) -> Case {
-        let attempts = (0..).map(|attempt| draw::<O>(spec, self.name, seed, attempt));
-        let fits = |case: &Case| spec.twist != Twist::Exact || Self::is_exact(case);
-        attempts.take(ATTEMPTS).find(fits).expect("an exact case among the attempts")
+    fn try_draw(&self, spec: &Spec, seed: u64) -> Result<Case> {
+        let mut attempts = (0..ATTEMPTS as u64).map(|attempt| draw::<O>(spec, self.name, seed, attempt));
+        let fits = |case: &Result<Case>| match case {
+            Ok(case) => spec.twist != Twist::Exact || Self::is_exact(case),
+            Err(_) => true,
+        };
+        attempts.find(fits).expect("an exact case among the attempts")
     }
     fn evaluate(&self, case: &Case, precision: Precision) -> Result<Tensors> {
         match precision {

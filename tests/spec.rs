@@ -3,6 +3,9 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use woracle::explain::{Chapter, Walk, examples};
+use woracle::registry::{LAYERS, Precision, layer};
+use woracle::spec;
 
 fn sources(folder: &Path, into: &mut Vec<String>) {
     for entry in fs::read_dir(folder).expect("a folder of sources") {
@@ -55,4 +58,58 @@ fn every_label_of_the_spec_is_cited_and_none_is_unknown() {
     let cited = cited();
     assert_eq!(unique.difference(&cited).collect::<Vec<_>>(), Vec::<&String>::new(), "defined but never cited");
     assert_eq!(cited.difference(&unique).collect::<Vec<_>>(), Vec::<&String>::new(), "cited but never defined");
+}
+
+/// With `WORA_KEEP=1` the blocks are written anew from what is given in them.
+#[test]
+fn every_number_of_the_worked_examples_is_what_is_computed() {
+    let examples = examples();
+    for layer in LAYERS {
+        assert!(examples.iter().any(|example| example.layer() == layer.name()), "no example of {}", layer.name());
+    }
+    let mut spec = spec::TEXT.to_string();
+    for example in &examples {
+        let walk = Walk::of(&example.case().expect("what is given")).expect("a case");
+        let worked_out = walk.to_string();
+        if std::env::var_os("WORA_KEEP").is_some() {
+            spec = spec.replace(example.text, worked_out.trim_end());
+            continue;
+        }
+        for (nth, (found, expected)) in example.text.lines().zip(worked_out.lines()).enumerate() {
+            assert_eq!(found, expected, "line {} of the example of {}", nth + 1, example.layer());
+        }
+        assert_eq!(example.text.lines().count(), worked_out.lines().count());
+    }
+    if std::env::var_os("WORA_KEEP").is_some() {
+        fs::write(Path::new(env!("CARGO_MANIFEST_DIR")).join("SPEC.md"), spec).expect("SPEC.md");
+    }
+}
+
+/// What the lines of the definition and of the factored layer end in is what the layer hands out, without a rounding.
+#[test]
+fn both_ways_through_the_worked_examples_end_in_the_layers_results() {
+    use Chapter::{Definition, DefinitionBackward, Factored, FactoredBackward, ThroughNorm};
+    for example in examples() {
+        let case = example.case().expect("what is given");
+        let subject = layer(&case.layer).expect("a layer");
+        let walk = Walk::of(&case).expect("a case");
+        let results = subject.evaluate(&case, Precision::F64).expect("results");
+        let [a, b] = subject.lora_names();
+        let quantities = [
+            ("y", "y"),
+            ("dx", "grad.x"),
+            ("dm", "grad.lora_magnitude_vector"),
+            ("dalpha", "grad.lora_wora_alpha"),
+            ("dbeta", "grad.lora_wora_beta"),
+            ("dA", &format!("grad.{a}")),
+            ("dB", &format!("grad.{b}")),
+        ];
+        for (quantity, name) in quantities {
+            let Some(expected) = results.get(name) else { continue };
+            for chapters in [&[Definition, DefinitionBackward][..], &[Factored, FactoredBackward, ThroughNorm]] {
+                let step = walk.last(quantity, chapters).unwrap_or_else(|| panic!("{quantity} in {}", case.layer));
+                assert!(step.values.iter().eq(expected.iter()), "{quantity} by {} in {}", step.label, case.layer);
+            }
+        }
+    }
 }

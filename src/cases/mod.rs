@@ -10,6 +10,7 @@ pub use embedding::EMBEDDING;
 pub use linear::LINEAR;
 pub use modules::{MODULES, ModuleCase, ModuleSpec, Numbers, Of, Relation};
 
+use crate::Result;
 use crate::case::{Case, Tensor};
 use crate::operators::{Input, Operator};
 use crate::wora::{Adapter, Base, Config, Layer, Method, NormAxis, NormGradient, ZeroNorm, magnitude_shape};
@@ -156,15 +157,15 @@ fn ternary(v: f64) -> f64 {
 /// The case of a spec, its numbers drawn from the seed and the name: adding a case changes no other. Every attempt
 /// draws others.
 ///
-/// # Panics
+/// # Errors
 ///
-/// If the spec contradicts itself.
-pub fn draw<O: Operator>(spec: &Spec, layer: &str, seed: u64, attempt: u64) -> Case {
+/// A spec that contradicts itself.
+pub fn draw<O: Operator>(spec: &Spec, layer: &str, seed: u64, attempt: u64) -> Result<Case> {
     let mut draw = Draw::named(spec.name, seed ^ (attempt << 32));
     let exact = spec.twist == Twist::Exact;
     let mut settings: Map<String, Value> = serde_json::from_str(spec.operator).expect("JSON in a spec");
     let parsed = serde_json::from_value(settings.clone().into()).expect("settings in a spec");
-    let operator = O::from_weight_shape(parsed, spec.weight).expect("a weight in a spec");
+    let operator = O::from_weight_shape(parsed, spec.weight)?;
     let Value::Object(config) = serde_json::to_value(spec.config).expect("a config") else { unreachable!("a struct") };
     settings.extend(config);
     if exact {
@@ -241,7 +242,7 @@ pub fn draw<O: Operator>(spec: &Spec, layer: &str, seed: u64, attempt: u64) -> C
             (Tensor::Float(values.into()), operator.output_shape::<f64>(&input))
         }
     };
-    let cotangent = draw.array(&output.expect("an input in a spec"), small);
+    let cotangent = draw.array(&output?, small);
 
     let mut tensors: Vec<(&str, ArrayD<f64>)> = vec![("grad.y", cotangent)];
     tensors.extend(adapter.named(O::LORA_NAMES).into_iter().map(|(name, values)| (name, values.to_owned())));
@@ -249,10 +250,10 @@ pub fn draw<O: Operator>(spec: &Spec, layer: &str, seed: u64, attempt: u64) -> C
     tensors.extend(base.bias.map(|bias| ("base.bias", bias)));
     tensors.extend(mask.map(|mask| ("dropout_mask", mask)));
     let tensors = tensors.into_iter().map(|(name, values)| (name.to_string(), Tensor::Float(values.into())));
-    Case {
+    Ok(Case {
         name: spec.name.into(),
         layer: layer.into(),
         settings,
         tensors: tensors.chain([("x".to_string(), x)]).collect(),
-    }
+    })
 }

@@ -5,6 +5,7 @@ mod bench;
 mod check;
 mod compare;
 mod escape;
+mod explain;
 mod golden;
 mod inspect;
 mod merge;
@@ -34,6 +35,7 @@ enum Command {
     Bench(bench::Args),
     Check(check::Args),
     Compare(compare::Args),
+    Explain(explain::Args),
     Golden(golden::Args),
     Inspect(inspect::Args),
     Merge(merge::Args),
@@ -66,6 +68,7 @@ pub fn run() -> ExitCode {
         Command::Bench(args) => bench::run(args),
         Command::Check(args) => check::run(args),
         Command::Compare(args) => compare::run(args),
+        Command::Explain(args) => explain::run(args),
         Command::Golden(args) => golden::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Merge(args) => merge::run(args),

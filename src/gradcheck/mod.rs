@@ -103,8 +103,7 @@ fn examine(subject: &dyn Subject, case: &Case, options: Options) -> Result<Found
     let defined = subject.define(case)?;
     let expected = subject.roundings(case)?;
     let identities = identities(subject, case, &ours, &expected)?;
-    let tensors =
-        with_survey(subject, case, &expected, options, |survey| testify([&ours, &single, &defined], survey))?;
+    let tensors = with_survey(subject, case, &expected, options, |survey| testify([&ours, &single, &defined], survey))?;
     let mut laws = vec![
         Law::same_bits(&ours, &subject.evaluate(case, Precision::F64)?),
         Law { name: "inputs are left as they were", holds: *case == before },

@@ -56,7 +56,8 @@ pub fn slopes(subject: &dyn Subject, case: &Case) -> Result<Vec<Slopes>> {
     with_survey(subject, case, &expected, options, |survey| {
         let elements: usize = survey.inputs.values().map(|values| values.len()).sum();
         if elements > options.large {
-            let (expected, found) = (format!("at most {} elements of all gradients", options.large), elements.to_string());
+            let (expected, found) =
+                (format!("at most {} elements of all gradients", options.large), elements.to_string());
             return Err(Error::Setting { name: "case", expected, found });
         }
         survey.inputs.keys().map(|tensor| of_tensor(survey, tensor, &ours)).collect()

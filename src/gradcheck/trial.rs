@@ -123,8 +123,8 @@ impl Subject for Mistaken {
     fn specs(&self) -> &'static [Spec] {
         self.subject.specs()
     }
-    fn draw(&self, spec: &Spec, seed: u64) -> Case {
-        self.subject.draw(spec, seed)
+    fn try_draw(&self, spec: &Spec, seed: u64) -> Result<Case> {
+        self.subject.try_draw(spec, seed)
     }
     fn evaluate(&self, _case: &Case, _precision: Precision) -> Result<Tensors> {
         Ok(self.results.clone())

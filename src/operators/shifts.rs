@@ -1,5 +1,5 @@
 //! A convolution as one product a kernel position, of the padded input as that position sees it: nothing is unfolded.
-//! SPEC.md, section 3.4.
+//! SPEC.md, section 3.5.
 //!
 //! The padded input is laid out in sheets of its last two axes, and where there is a stride in one sheet for every
 //! remainder of a position by it: then the outputs next to each other read inputs next to each other, from every kernel

@@ -1,5 +1,5 @@
 //! The three maps of a convolution, a tile of output positions at a time: `Y = W X`, `dx = fold(W^T dY)`,
-//! `dW = dY X^T`, X the unfolded input. SPEC.md, section 3.4.
+//! `dW = dY X^T`, X the unfolded input. SPEC.md, section 3.4 and 3.5.
 
 use super::channels::sum;
 use super::conv::Conv;

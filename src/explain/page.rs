@@ -1,0 +1,94 @@
+//! An explanation as a page of HTML, its formulas those of SPEC.md.
+
+use super::numbers::number;
+use super::{Chapter, Explanation, Given, Step};
+use crate::gradcheck::{Identity, Slope, Slopes, Verdict};
+use crate::page::{Page, escape, formula};
+use crate::spec;
+use ndarray::{ArrayD, ArrayViewD, Axis};
+
+impl Explanation {
+    /// The explanation as one self-contained page.
+    pub fn page(&self) -> Page {
+        let walk = &self.walk;
+        let settings = serde_json::Value::from(walk.settings.clone()).to_string();
+        let given: String = walk.given.iter().map(of_given).collect();
+        let given = format!("<p>Settings: <code>{}</code></p>\n{given}", escape(&settings));
+        let mut page = Page::new(&format!("WoRA, {}: one forward and backward", walk.layer)).section("Given", &given);
+        for chapter in Chapter::ALL {
+            let steps: String = walk.steps.iter().filter(|step| step.chapter == chapter).map(of_step).collect();
+            if !steps.is_empty() {
+                page = page.section(chapter.title(), &steps);
+            }
+        }
+        if !self.identities.is_empty() {
+            page = page.section("Identities (section 8.3)", &of_identities(&self.identities));
+        }
+        let slopes: String = self.slopes.iter().map(of_slopes).collect();
+        page.section("Gradients by hand, by differences, by dual numbers (section 8.2)", &slopes)
+    }
+}
+
+fn of_given(given: &Given) -> String {
+    format!("<h3><code>{}</code></h3>\n{}", escape(&given.name), numbers(&given.values))
+}
+
+/// The line as it reads here, the formula of its label where SPEC.md has one, and the numbers.
+fn of_step(step: &Step) -> String {
+    let Step { label, formula: line, values, .. } = step;
+    let derived = spec::formula(label).map(formula).unwrap_or_default();
+    format!(
+        "<h3><span class=\"label\">{label}</span> {}</h3>\n<details><summary>{label} in SPEC.md</summary>{derived}</details>\n{}",
+        escape(line),
+        numbers(values)
+    )
+}
+
+/// Matrices as tables, one after the other, each named by the axes before its own.
+fn numbers(values: &ArrayD<f64>) -> String {
+    let shape = values.shape().iter().map(ToString::to_string).collect::<Vec<_>>().join(" × ");
+    let shape = if shape.is_empty() { "scalar".into() } else { shape };
+    format!("<p class=\"label\">{shape}</p>\n<div class=\"scroll\">{}</div>\n", tables(values.view()))
+}
+
+fn tables(values: ArrayViewD<'_, f64>) -> String {
+    if values.ndim() > 2 {
+        return values.axis_iter(Axis(0)).map(tables).collect::<Vec<_>>().join("<br>\n");
+    }
+    let cell = |value: &f64| format!("<td class=\"number\">{}</td>", number(*value));
+    let row = |row: ArrayViewD<'_, f64>| format!("<tr>{}</tr>", row.iter().map(cell).collect::<String>());
+    let rows: String = if values.ndim() == 2 { values.axis_iter(Axis(0)).map(row).collect() } else { row(values) };
+    format!("<table>{rows}</table>")
+}
+
+fn of_identities(identities: &[Identity]) -> String {
+    let row = |identity: &Identity| {
+        let Identity { label, equation, left, right, error, verdict, .. } = identity;
+        let class = if *verdict == Verdict::Agree { "good" } else { "bad" };
+        format!(
+            "<tr><td>{label}</td><td>{}</td><td class=\"number\">{}</td><td class=\"number\">{}</td>\
+             <td class=\"number\">{error:.0e}</td><td class=\"{class}\">{verdict}</td></tr>\n",
+            escape(equation),
+            number(*left),
+            number(*right)
+        )
+    };
+    let rows: String = identities.iter().map(row).collect();
+    table(&["label", "identity", "left", "right", "off by", "verdict"], &rows)
+}
+
+fn of_slopes(Slopes { tensor, elements }: &Slopes) -> String {
+    let row = |Slope { index, ours, difference, uncertainty, dual }: &Slope| {
+        let numbers = [number(*ours), number(*difference), format!("{uncertainty:.0e}"), number(*dual)];
+        let cells: String = numbers.iter().map(|text| format!("<td class=\"number\">{text}</td>")).collect();
+        format!("<tr><td>{index:?}</td>{cells}</tr>\n")
+    };
+    let rows: String = elements.iter().map(row).collect();
+    let columns = ["at", "by hand", "by differences", "±", "by dual numbers"];
+    format!("<h3><code>grad.{}</code></h3>\n{}", escape(tensor), table(&columns, &rows))
+}
+
+fn table(columns: &[&str], rows: &str) -> String {
+    let columns: String = columns.iter().map(|column| format!("<th>{column}</th>")).collect();
+    format!("<div class=\"scroll\"><table><thead><tr>{columns}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n")
+}

@@ -1,0 +1,127 @@
+//! `wora explain`: what it says of every layer, how it reads, and what it says to those who ask for what there is not.
+
+use assert_cmd::Command;
+use std::fs;
+use woracle::explain::{Chapter, Explanation, Shape, Walk, drawn, examples};
+use woracle::gradcheck::Verdict;
+use woracle::registry::{LAYERS, Precision, specs};
+
+fn wora(arguments: &[&str]) -> std::process::Output {
+    Command::cargo_bin("wora").expect("the command").args(arguments).output().expect("a run")
+}
+
+fn said(arguments: &[&str]) -> String {
+    let output = wora(arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("text")
+}
+
+fn columns(line: &str) -> usize {
+    line.chars().filter(|&letter| letter != '\u{303}').count()
+}
+
+#[test]
+fn every_layer_is_explained_within_eighty_columns() {
+    for layer in LAYERS {
+        for more in [&["--full"][..], &["--seed", "5"], &[]] {
+            let text = said(&[&["explain", layer.name()], more].concat());
+            let wide: Vec<_> = text.lines().filter(|line| columns(line) > 80).collect();
+            assert!(wide.is_empty(), "{wide:?}");
+            assert!(text.contains("E9    V = β W0 + α s Δ") && text.contains("grad.lora_wora_beta"), "{text}");
+            assert_eq!(text.contains("through the norm (section 5.3)"), more == ["--full"], "{text}");
+        }
+    }
+}
+
+/// The final line of every quantity is what the layer hands out, by either way, in every case that people can read.
+#[test]
+fn what_is_shown_is_what_the_layer_hands_out() {
+    use Chapter::{Definition, DefinitionBackward, Factored, FactoredBackward, ThroughNorm};
+    let (mut cases, mut compared) = (0, 0);
+    for (subject, spec) in specs() {
+        let case = subject.draw(spec, 1);
+        let Ok(walk) = Walk::of(&case) else { continue };
+        let produced = subject.evaluate(&case, Precision::F64).expect("results");
+        let defined = subject.define(&case).expect("results");
+        let [a, b] = subject.lora_names().map(|name| format!("grad.{name}"));
+        let quantities = [
+            ("y", "y"),
+            ("g", "gain"),
+            ("dx", "grad.x"),
+            ("db", "grad.base.bias"),
+            ("dW0", "grad.base.weight"),
+            ("dm", "grad.lora_magnitude_vector"),
+            ("dalpha", "grad.lora_wora_alpha"),
+            ("dbeta", "grad.lora_wora_beta"),
+            ("dA", &a),
+            ("dB", &b),
+        ];
+        for (quantity, name) in quantities {
+            let ways = [
+                (&defined, &[Definition, DefinitionBackward][..]),
+                (&produced, &[Factored, FactoredBackward, ThroughNorm]),
+            ];
+            for (results, chapters) in ways {
+                let (Some(result), Some(step)) = (results.get(name), walk.last(quantity, chapters)) else { continue };
+                // An embedding's matrices are its tables transposed.
+                let sorted = |values: &ndarray::ArrayD<f64>| {
+                    let mut values: Vec<f64> = values.iter().copied().collect();
+                    values.sort_by(f64::total_cmp);
+                    values
+                };
+                assert_eq!(sorted(&step.values), sorted(result), "{name} by {} in {}", step.label, spec.name);
+                compared += 1;
+            }
+        }
+        cases += 1;
+    }
+    assert!(cases > 80 && compared > 1200, "{cases} cases, {compared} quantities");
+}
+
+#[test]
+fn identities_hold_and_slopes_agree_in_drawn_shapes() {
+    let example = &examples()[0];
+    let shape = Shape { x: vec![3, 5], weight: vec![4, 5], rank: 2 };
+    let explanation = Explanation::of(&drawn(example, Some(shape), 3).expect("a case")).expect("an explanation");
+    assert_eq!(explanation.identities.len(), 6);
+    assert!(explanation.identities.iter().all(|identity| identity.verdict == Verdict::Agree));
+    let slopes: Vec<_> = explanation.slopes.iter().flat_map(|slopes| &slopes.elements).collect();
+    assert_eq!(slopes.len(), 15 + 20 + 4 + 10 + 8 + 4 + 1 + 1);
+    for slope in slopes {
+        assert!((slope.ours - slope.dual).abs() < 1e-13 && (slope.ours - slope.difference).abs() < 1e-10, "{slope:?}");
+    }
+}
+
+#[test]
+fn a_page_needs_nothing_from_elsewhere() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("linear.html");
+    said(&["explain", "linear-dropout-full", "--html", path.to_str().expect("text")]);
+    let page = fs::read_to_string(&path).expect("a page");
+    assert!(page.contains("<math display=\"block\">") && page.contains("E31"));
+    for never in ["<script", "http", "src=", "@import", "<merror"] {
+        assert!(!page.contains(never), "{never}");
+    }
+}
+
+#[test]
+fn what_cannot_be_explained_gets_one_line() {
+    let table: &[(&[&str], &str)] = &[
+        (&["explain", "relu"], "LAYER: expected linear, embedding, conv1d, conv2d, conv3d, a case of a layer"),
+        (&["explain", "linear", "--shape", "2x4", "3x5", "1"], "x: expected shape [..., 5], found [2, 4]"),
+        (&["explain", "linear", "--shape", "2x4", "3x4", "0"], "--shape: expected three shapes of 1 to 1000 numbers"),
+        (&["explain", "linear", "--shape", "2x4", "3x4", "1x1"], "--shape: expected a rank, such as 1, found 1x1"),
+        (&["explain", "linear", "--shape", "2y4", "3x4", "1"], "--shape: expected three shapes, such as"),
+        (&["explain", "linear", "--shape", "99999999999x9999999999", "3x4", "1"], "--shape: expected three shapes of"),
+        (&["explain", "linear-plain", "--shape", "2x4", "3x4", "1"], "layer for --shape: expected linear,"),
+        (&["explain", "linear-large"], "expected at most 1000 numbers in all tensors"),
+        (&["explain", "no-such.safetensors"], "no-such.safetensors: "),
+        (&["explain", "linear", "--html", "no/such/directory.html"], "no/such/directory.html: "),
+    ];
+    for (arguments, expected) in table {
+        let output = wora(arguments);
+        let line = String::from_utf8(output.stderr).expect("text");
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {line}");
+        assert!(line.contains(expected) && line.trim_end().lines().count() == 1, "{arguments:?}: {line}");
+    }
+}
