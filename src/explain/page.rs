@@ -13,11 +13,13 @@ impl Explanation {
         let walk = &self.walk;
         let settings = serde_json::Value::from(walk.settings.clone()).to_string();
         let given: String = walk.given.iter().map(of_given).collect();
+        let given = table(&["tensor", "shape", "numbers"], &given);
         let given = format!("<p>Settings: <code>{}</code></p>\n{given}", escape(&settings));
         let mut page = Page::new(&format!("WoRA, {}: one forward and backward", walk.layer)).section("Given", &given);
         for chapter in Chapter::ALL {
             let steps: String = walk.steps.iter().filter(|step| step.chapter == chapter).map(of_step).collect();
             if !steps.is_empty() {
+                let steps = table(&["", "line", "in SPEC.md", "shape", "numbers"], &steps);
                 page = page.section(chapter.title(), &steps);
             }
         }
@@ -30,27 +32,25 @@ impl Explanation {
 }
 
 fn of_given(given: &Given) -> String {
-    format!("<h3><code>{}</code></h3>\n{}", escape(&given.name), numbers(&given.values))
+    let Given { name, values, .. } = given;
+    let (shape, numbers) = (shape(values), tables(values.view()));
+    format!("<tr><td><code>{}</code></td><td>{shape}</td><td>{numbers}</td></tr>\n", escape(name))
 }
 
-/// The line as it reads here, the formula of its label where SPEC.md has one, and the numbers.
+/// The line as it reads here, the formula of its label, and the numbers.
 fn of_step(step: &Step) -> String {
     let Step { label, formula: line, values, .. } = step;
     let derived = spec::formula(label).map(formula).unwrap_or_default();
-    format!(
-        "<h3><span class=\"label\">{label}</span> {}</h3>\n<details><summary>{label} in SPEC.md</summary>{derived}</details>\n{}",
-        escape(line),
-        numbers(values)
-    )
+    let (line, shape, numbers) = (escape(line), shape(values), tables(values.view()));
+    format!("<tr><td>{label}</td><td>{line}</td><td>{derived}</td><td>{shape}</td><td>{numbers}</td></tr>\n")
 }
 
-/// Matrices as tables, one after the other, each named by the axes before its own.
-fn numbers(values: &ArrayD<f64>) -> String {
-    let shape = values.shape().iter().map(ToString::to_string).collect::<Vec<_>>().join(" × ");
-    let shape = if shape.is_empty() { "scalar".into() } else { shape };
-    format!("<p class=\"label\">{shape}</p>\n<div class=\"scroll\">{}</div>\n", tables(values.view()))
+fn shape(values: &ArrayD<f64>) -> String {
+    let lengths = values.shape().iter().map(ToString::to_string).collect::<Vec<_>>();
+    if lengths.is_empty() { "scalar".into() } else { lengths.join(" × ") }
 }
 
+/// Matrices as tables, one after the other.
 fn tables(values: ArrayViewD<'_, f64>) -> String {
     if values.ndim() > 2 {
         return values.axis_iter(Axis(0)).map(tables).collect::<Vec<_>>().join("<br>\n");
@@ -58,7 +58,7 @@ fn tables(values: ArrayViewD<'_, f64>) -> String {
     let cell = |value: &f64| format!("<td class=\"number\">{}</td>", number(*value));
     let row = |row: ArrayViewD<'_, f64>| format!("<tr>{}</tr>", row.iter().map(cell).collect::<String>());
     let rows: String = if values.ndim() == 2 { values.axis_iter(Axis(0)).map(row).collect() } else { row(values) };
-    format!("<table>{rows}</table>")
+    format!("<table class=\"numbers\">{rows}</table>")
 }
 
 fn of_identities(identities: &[Identity]) -> String {
