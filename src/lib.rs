@@ -1,18 +1,21 @@
 //! The reference implementation of WoRA (weighted-direction low-rank adaptation).
 //!
-//! ```text
-//! V  = beta W0 + alpha s B A          one row of V an output unit
-//! W' = m V / ||V||                    y = op(x, W') + b
-//! ```
+//! A frozen weight W0 gets a correction of low rank, and of both together only the direction is kept; its length is learned:
 //!
-//! A way through the house, from the equation to the code:
+#![doc = include_str!("../docs/front_page.md")]
 //!
-//! 1. [`wora::Config`]: the settings; alpha = beta = 1 is DoRA, no norm is LoRA.
-//! 2. [`wora::Definition`]: the equation in plain loops, forward and backward.
-//! 3. [`operators`]: what x and W do to each other. They know nothing of adapters.
-//! 4. [`wora::Layer`]: the fast path, which never forms V, W' or dW'.
-//! 5. [`peft`]: adapters as PEFT keeps them on disk, read, merged, unmerged and written.
-//! 6. [`gradcheck`] and [`oracle`]: who says that all this is right. [`mistakes`]: what they must see.
+//! From the equation to the code in five links:
+//!
+//! 1. A, B, m, alpha and beta are a [`wora::Adapter`]; s, and how the norm is taken, a [`wora::Config`]. Alpha = beta = 1 is
+//!    DoRA, no norm is LoRA.
+//! 2. The equation in plain loops, forward and backward, one line a formula: [`wora::Definition`].
+//! 3. What op is, and its adjoints: an [`operators::Operator`] such as [`operators::Linear`]. It knows nothing of adapters.
+//! 4. The same without forming V, W' or dW', fast: [`wora::Layer`], its forward right above its backward.
+//! 5. Who says that this is right: [`gradcheck`], with the definition, differences, dual numbers and identities.
+//!
+//! Beside: [`explain`] walks through one forward and backward with numbers; [`oracle`] judges other implementations by files,
+//! and knows the [`mistakes`] that they make; [`peft`] reads, merges, unmerges and writes adapters as PEFT keeps them on
+//! disk; [`modules`] and [`train`] build and train small models.
 //!
 //! The derivation of every line is in SPEC.md; `// E9` beside a line is the label of its formula there,
 //! `// C1` the constraint that a check enforces.

@@ -82,7 +82,8 @@ pub fn inline_formula(latex: &str) -> String {
 
 fn math(latex: &str, display_mode: DisplayMode) -> String {
     // Markdown takes one backslash away before LaTeX sees it; within text an underscore is one.
-    let latex = latex.replace("\\\\_", "_").replace("\\_", "_");
+    // A prime is written as what it stands for, so that an index goes below its letter.
+    let latex = latex.replace("\\\\_", "_").replace("\\_", "_").replace('\'', "^{\\prime}");
     let storage = Storage::new();
     let mut mathml = String::new();
     let config = RenderConfig { display_mode, ..RenderConfig::default() };

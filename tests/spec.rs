@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use woracle::explain::{Chapter, Walk, examples};
 use woracle::registry::{LAYERS, Precision, layer};
-use woracle::spec;
+use woracle::{page, spec};
 
 fn sources(folder: &Path, into: &mut Vec<String>) {
     for entry in fs::read_dir(folder).expect("a folder of sources") {
@@ -111,5 +111,51 @@ fn both_ways_through_the_worked_examples_end_in_the_layers_results() {
                 assert!(step.values.iter().eq(expected.iter()), "{quantity} by {} in {}", step.label, case.layer);
             }
         }
+    }
+}
+
+/// Which formulas stand in which page of the documentation.
+const SHOWN: &[(&str, &[&str])] = &[
+    ("front_page", &["E9", "E10", "E11", "E12", "E13"]),
+    ("operator", &["E1"]),
+    ("linear", &["E2", "E3", "E4"]),
+    ("embedding", &["E39", "E40", "E41"]),
+    ("conv", &["E42", "E43", "E44", "E45", "E46", "E47", "E48"]),
+    ("definition", &["E142", "E143", "E144", "E145", "E146", "E147", "E148", "E149", "E150"]),
+    ("direction", &["E14", "E31", "E32", "E33", "E34", "E35", "E36"]),
+    ("layer_forward", &["E15", "E16", "E17"]),
+    ("layer_backward", &["E18", "E19", "E20", "E21", "E22", "E23", "E24", "E25", "E26", "E27", "E28", "E29", "E30"]),
+    ("merge", &["E37", "E79"]),
+    ("identities", &["E49", "E50", "E51", "E52", "E53", "E54"]),
+    ("adamw", &["E137", "E138", "E139"]),
+];
+
+/// Pages of the documentation show formulas as MathML, which browsers draw by themselves. With `WORA_KEEP=1` the files are
+/// written anew.
+#[test]
+fn formulas_of_the_documentation_are_those_of_the_spec() {
+    for (name, labels) in SHOWN {
+        let row = |label: &&str| {
+            let latex = spec::formula(label).unwrap_or_else(|| panic!("{label} has no formula"));
+            format!(
+                "<div title=\"{label}\" style=\"margin: 0.6em 0; overflow: visible\">{}</div>\n",
+                page::formula(latex)
+            )
+        };
+        let expected = labels.iter().map(row).collect::<String>() + &format!("\nSPEC.md, {}.\n", between(labels));
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs").join(format!("{name}.md"));
+        if std::env::var_os("WORA_KEEP").is_some() {
+            fs::write(&path, &expected).expect("a file");
+        }
+        let found = fs::read_to_string(&path).expect("a file of formulas");
+        assert!(found == expected, "docs/{name}.md does not show the formulas of SPEC.md: WORA_KEEP=1 writes it anew");
+    }
+}
+
+fn between(labels: &[&str]) -> String {
+    match labels {
+        [one] => one.to_string(),
+        [first, .., last] => format!("{first} to {last}"),
+        [] => String::new(),
     }
 }

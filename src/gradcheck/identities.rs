@@ -11,6 +11,7 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 
 /// An identity between gradients, evaluated on the results under test.
+#[doc = include_str!("../../docs/identities.md")]
 #[derive(Clone, Debug, Serialize)]
 pub struct Identity {
     /// Its label in SPEC.md.

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 /// PyTorch's `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` without their bias: x `[batch, in, size...]` or
 /// `[in, size...]`, y `[batch, out, size...]` or `[out, size...]`.
+#[doc = include_str!("../../docs/conv.md")]
 #[derive(Clone, Debug, PartialEq)]
 pub struct Conv<const N: usize> {
     /// Channels of the input.

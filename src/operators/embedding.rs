@@ -18,6 +18,7 @@ use ndarray::{
 use serde::{Deserialize, Serialize};
 
 /// PyTorch's `nn.Embedding`: ids of any shape, y `[..., embedding_dim]`.
+#[doc = include_str!("../../docs/embedding.md")]
 #[derive(Clone, Debug, PartialEq)]
 pub struct Embedding {
     /// Rows of the stored table: ids are below it.

@@ -20,6 +20,7 @@ use ndarray::{
 use serde::{Deserialize, Serialize};
 
 /// PyTorch's `nn.Linear` without its bias: x `[..., in_features]`, y `[..., out_features]`.
+#[doc = include_str!("../../docs/linear.md")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Linear {
     /// Columns of the weight.

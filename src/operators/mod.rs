@@ -46,6 +46,7 @@ pub trait Input<T>: Clone + Send + Sync {
 }
 
 /// A map that is linear in its input and in its weight. SPEC.md, E1.
+#[doc = include_str!("../../docs/operator.md")]
 pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
     /// What it is applied to. The lifetime lets a caller lend the values instead of copying them.
     type Input<'x, T: Scalar>: Input<T>;

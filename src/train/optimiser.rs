@@ -49,6 +49,7 @@ pub struct Sgd {
 }
 
 /// Adam with decay that is not part of the gradient.
+#[doc = include_str!("../../docs/adamw.md")]
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AdamW {

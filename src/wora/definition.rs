@@ -30,6 +30,7 @@ use crate::operators::{Operator, Term};
 use ndarray::{Array1, Array2, ArrayD, ArrayView2, ArrayViewD, IxDyn};
 
 /// One layer at one input, as numbers `R`. All tensors in the shapes of a case file.
+#[doc = include_str!("../../docs/definition.md")]
 #[derive(Clone, Debug)]
 pub struct Definition<'a, 'x, O: Operator, R> {
     /// The operator.

@@ -36,6 +36,7 @@ pub(crate) struct Factors<'a, T> {
 }
 
 /// Everything about the norms that forward and backward share.
+#[doc = include_str!("../../docs/direction.md")]
 #[derive(Clone, Debug)]
 pub struct Direction<T> {
     /// `||V_i||`: `[rows]`

@@ -26,6 +26,7 @@ use crate::{Error, Result, Scalar};
 use ndarray::{Array1, Array2, ArrayD, ArrayView2, Axis};
 
 /// A merged weight, and what it takes to undo the merge.
+#[doc = include_str!("../../docs/merge.md")]
 #[derive(Clone, Debug, PartialEq)]
 pub struct Merged<T> {
     /// W', in the shape and layout of W0.

@@ -98,6 +98,8 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
     /// y, and what backward needs. x: linear `[..., in]`; the mask, in the shape of x, holds 0 where the
     /// correction is dropped and `1 / (1 - p)` elsewhere.
     ///
+    #[doc = include_str!("../../docs/layer_forward.md")]
+    ///
     /// # Errors
     ///
     /// An input or a mask that does not fit (C1); a unit with `||V|| = 0` (C5). Values of x are not looked at: a
@@ -227,6 +229,8 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
 
     /// The gradients of `<dy, y>`: exact with `norm_gradient = "full"`, with `||V||` held constant with
     /// `"detached"`. dy has the shape of y.
+    ///
+    #[doc = include_str!("../../docs/layer_backward.md")]
     ///
     /// # Errors
     ///
