@@ -310,6 +310,7 @@ fn metadata_that_is_not_that_of_a_case_is_refused() {
     ]);
 }
 
+/// C4.
 #[test]
 fn settings_that_no_layer_has_are_refused() {
     refuses_plain(&[
@@ -357,6 +358,7 @@ fn inputs_that_are_missing_are_named() {
     ]);
 }
 
+/// C1, C3.
 #[test]
 fn shapes_that_do_not_fit_are_refused() {
     refuses_plain(&[
@@ -465,6 +467,7 @@ fn shapes_that_do_not_fit_other_settings_are_refused() {
     ]);
 }
 
+/// C2.
 #[test]
 fn numbers_that_are_not_finite_are_refused_in_inputs() {
     refuses_plain(&[
@@ -512,6 +515,7 @@ fn types_that_do_not_belong_are_refused() {
     ]);
 }
 
+/// C7.
 #[test]
 fn tensors_that_no_case_has_are_refused() {
     refuses_plain(&[
@@ -522,6 +526,7 @@ fn tensors_that_no_case_has_are_refused() {
     ]);
 }
 
+/// C5.
 #[test]
 fn a_unit_without_a_direction_is_named() {
     refuses_plain(&[(

@@ -45,6 +45,7 @@ fn a_filter_that_selects_nothing_is_refused_with_exit_code_2() {
     assert!(complained.contains("linear-n257"), "{complained}");
 }
 
+/// E76.
 #[test]
 fn operations_are_those_of_the_factored_products() {
     let flops = |name: &str| {

@@ -64,6 +64,7 @@ fn the_merged_weight_computes_what_the_adapted_layer_does() {
     }
 }
 
+/// E37.
 #[test]
 fn unmerging_restores_the_base_weight() {
     for config in configs() {
@@ -84,6 +85,7 @@ fn unmerging_needs_the_norms_that_merging_divided_by() {
     assert!(matches!(layer.unmerge(&merged), Err(Error::Missing { tensor, .. }) if tensor == "weight_norm"));
 }
 
+/// C6.
 #[test]
 fn what_a_merged_weight_has_lost_is_a_clear_error() {
     let mut layer = trained(Config::new(Method::Wora, 2.0), 3);
@@ -116,6 +118,7 @@ fn a_fresh_adapter_changes_nothing() {
     }
 }
 
+/// E38.
 #[test]
 fn a_starts_within_its_bound_and_with_its_deviation() {
     let (rank, features) = (16, 400);
@@ -137,6 +140,7 @@ fn a_starts_within_its_bound_and_with_its_deviation() {
     assert!((deviation * rank as f64 - 1.0).abs() < 0.03 && (mean * rank as f64).abs() < 0.05, "{deviation} {mean}");
 }
 
+/// E8.
 #[test]
 fn scaling_divides_by_the_rank_or_its_root() {
     assert_eq!(scaling(16.0, 8, false).expect("s"), 2.0);
@@ -266,6 +270,7 @@ fn norms_of_tiny_and_huge_weights_neither_vanish_nor_overflow() {
     }
 }
 
+/// C11.
 #[test]
 fn scaling_every_weight_by_a_power_of_two_changes_no_other_gradient_or_is_refused() {
     fn gradients<T: Scalar>(power: i32) -> Result<Adapter<f64>, Error> {
@@ -364,6 +369,7 @@ fn what_the_base_weight_is_kept_with_is_taken_from_the_weight_given() {
     assert_abs_diff_eq!(direction.weight_norm, merged.weight_norm.expect("norms"), epsilon = 1e-13);
 }
 
+/// C1, C7, C8.
 #[test]
 fn shapes_and_methods_that_do_not_fit_are_refused_by_name() {
     let good = trained(Config::new(Method::Wora, 2.0), 1);
@@ -454,6 +460,7 @@ fn dot(case: &Case, results: &Tensors, tensor: &str) -> f64 {
     values.iter().zip(&results[&format!("grad.{tensor}")]).map(|(value, gradient)| value * gradient).sum()
 }
 
+/// E49 to E54; and E6, E7: they hold between all gradients only if channels are mixed and their adjoints taken right.
 #[test]
 fn the_gradients_obey_the_identities_that_need_no_step() {
     for (layer, spec, case) in every_case(11) {

@@ -108,6 +108,7 @@ fn apply<const N: usize>(conv: &Conv<N>, x: &ArrayD<f64>, weight: &ArrayD<f64>) 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
+    /// E42 to E48, E74, E75, E77, E78.
     #[test]
     fn a_convolution_is_seven_loops_over_a_padded_copy(
         (images, groups) in (1usize..3, 1usize..4),
@@ -165,6 +166,7 @@ proptest! {
     }
 
     /// Three axes, and enough channels or so few that nothing is unfolded, against the definition term by term.
+    /// E1.
     #[test]
     fn a_volume_is_convolved_term_by_term(
         (groups, per_group, units) in prop::sample::select(vec![(1usize, 16usize, 17usize), (2, 17, 16), (5, 1, 1), (3, 2, 4)]),
@@ -221,6 +223,7 @@ proptest! {
         }
     }
 
+    /// E39 to E41.
     #[test]
     fn an_embedding_scatters_what_it_looks_up(
         ids in prop::collection::vec(0i64..9, 0..40), dim in 1usize..6, scale in -2.0..2.0, seed in any::<u64>(),
@@ -254,6 +257,7 @@ fn same_padding_keeps_the_size_for_even_kernels_too() {
     }
 }
 
+/// C10.
 #[test]
 fn geometry_that_cannot_be_says_which_number_is_wrong() {
     fn conv(json: &str, weight: &[usize], x: &[usize]) -> String {
@@ -297,6 +301,7 @@ fn geometry_that_cannot_be_says_which_number_is_wrong() {
     assert!(message.contains("base.weight: expected shape [out, in / groups, kernel, kernel]"), "{message}");
 }
 
+/// C9.
 #[test]
 fn an_embedding_refuses_what_it_cannot_look_up() {
     let embedding = Embedding::new(5, 2);

@@ -281,6 +281,7 @@ fn a_merged_model_that_has_been_changed_is_not_unmerged() {
     assert_eq!(entries(directory.path()), std::slice::from_ref(&out));
 }
 
+/// E79.
 #[test]
 fn several_adapters_are_each_merged_against_the_base() {
     let directory = tempfile::tempdir().unwrap();
@@ -459,6 +460,7 @@ fn somebodys_merge_is_judged_and_diagnosed() {
     assert_eq!(failed[0]["diagnosis"][0]["id"], "magnitude-dropped");
 }
 
+/// E80.
 #[test]
 fn an_adapter_is_inspected_with_its_base_and_without() {
     for name in FIXTURES {

@@ -24,21 +24,58 @@ fn number_after(text: &str, letter: char) -> Option<String> {
     (!digits.is_empty() && !digits.starts_with('0')).then(|| format!("{letter}{digits}"))
 }
 
+/// Every source below these folders.
+fn lines(folders: &[&str]) -> Vec<String> {
+    let mut files = Vec::new();
+    for folder in folders {
+        sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join(folder), &mut files);
+    }
+    files.iter().flat_map(|file| file.lines()).map(Into::into).collect()
+}
+
+fn labels<'a>(words: impl Iterator<Item = &'a str>) -> BTreeSet<String> {
+    let label = |word: &str| {
+        let label = number_after(word, 'E').or_else(|| number_after(word, 'C'))?;
+        (label == word).then_some(label)
+    };
+    words.filter_map(label).collect()
+}
+
+fn words(text: &str) -> impl Iterator<Item = &str> {
+    text.split(|c: char| !c.is_ascii_alphanumeric())
+}
+
 /// Labels in comments, `// E9`, `/// ... E5`, `(C1 to C8)`, and those that are data, `"E49"`.
 fn cited() -> BTreeSet<String> {
-    let mut files = Vec::new();
-    sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut files);
-    let lines = || files.iter().flat_map(|file| file.lines());
-    let comments = lines().filter_map(|line| Some(line.split_once("//")?.1));
-    let words = comments.flat_map(|comment| comment.split(|c: char| !c.is_ascii_alphanumeric()));
-    let literals = lines().flat_map(|line| line.split('"').skip(1).step_by(2));
-    words
-        .chain(literals)
-        .filter_map(|word| {
-            let label = number_after(word, 'E').or_else(|| number_after(word, 'C'))?;
-            (label == word).then_some(label)
-        })
-        .collect()
+    let lines = lines(&["src"]);
+    let comments = lines.iter().filter_map(|line| Some(line.split_once("//")?.1));
+    let literals = lines.iter().flat_map(|line| line.split('"').skip(1).step_by(2));
+    labels(comments.flat_map(words).chain(literals))
+}
+
+/// Labels that a test says it would see broken, `/// E55 to E73`, and those of worked examples.
+fn tested() -> BTreeSet<String> {
+    let mut tested = labels(spec::blocks("walk").flat_map(|text| text.split_whitespace()));
+    let mut above = String::new();
+    for line in lines(&["tests", "src"]) {
+        match line.trim().strip_prefix("///") {
+            Some(comment) => above += comment,
+            None if line.trim() == "#[test]" => {
+                tested.extend(labels(words(&above)));
+                for (first, rest) in above.split(" to ").zip(above.split(" to ").skip(1)) {
+                    let ends = [words(first).last(), words(rest).next()];
+                    let [Some(first), Some(last)] = ends.map(|word| word?.strip_prefix('E')?.parse::<usize>().ok())
+                    else {
+                        continue;
+                    };
+                    tested.extend((first..=last).map(|number| format!("E{number}")));
+                }
+                above.clear();
+            }
+            None => above.clear(),
+        }
+    }
+    tested
 }
 
 /// `\tag{E9}` defines a formula, `| C4 |` a condition.
@@ -50,7 +87,7 @@ fn defined() -> Vec<String> {
 }
 
 #[test]
-fn every_label_of_the_spec_is_cited_and_none_is_unknown() {
+fn every_label_of_the_spec_is_cited_in_code_and_in_a_test_and_none_is_unknown() {
     let defined = defined();
     let unique: BTreeSet<String> = defined.iter().cloned().collect();
     assert_eq!(unique.len(), defined.len(), "a label is defined twice");
@@ -58,6 +95,8 @@ fn every_label_of_the_spec_is_cited_and_none_is_unknown() {
     let cited = cited();
     assert_eq!(unique.difference(&cited).collect::<Vec<_>>(), Vec::<&String>::new(), "defined but never cited");
     assert_eq!(cited.difference(&unique).collect::<Vec<_>>(), Vec::<&String>::new(), "cited but never defined");
+    let tested = tested();
+    assert_eq!(unique.difference(&tested).collect::<Vec<_>>(), Vec::<&String>::new(), "in no test");
 }
 
 /// With `WORA_KEEP=1` the blocks are written anew from what is given in them.
@@ -85,7 +124,8 @@ fn every_number_of_the_worked_examples_is_what_is_computed() {
     }
 }
 
-/// What the lines of the definition and of the factored layer end in is what the layer hands out, without a rounding.
+/// What the lines of the definition and of the factored layer end in is what the layer hands out, without a rounding. E2 to
+/// E4.
 #[test]
 fn both_ways_through_the_worked_examples_end_in_the_layers_results() {
     use Chapter::{Definition, DefinitionBackward, Factored, FactoredBackward, ThroughNorm};

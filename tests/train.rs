@@ -225,6 +225,7 @@ fn accumulated_batches_are_one_large_batch() {
     assert!(compared > 40);
 }
 
+/// E132 to E141.
 #[test]
 fn both_stages_take_the_steps_that_pytorch_takes() {
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/train");

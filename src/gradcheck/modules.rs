@@ -203,6 +203,7 @@ mod tests {
     use crate::cases::MODULES;
     use crate::gradcheck::{Verdict, Witness};
 
+    /// E81 to E131: a wrong line is contradicted by its definition, by differences or by dual numbers.
     #[test]
     fn every_module_agrees_with_every_witness() {
         for seed in 0..3 {
