@@ -110,6 +110,9 @@ fn every_number_of_the_worked_examples_is_what_is_computed() {
     for example in &examples {
         let walk = Walk::of(&example.case().expect("what is given")).expect("a case");
         let worked_out = walk.to_string();
+        // What is printed is the number itself, not what it is rounded to.
+        let dyadic = |value: &f64| (value * 1024.0).fract() == 0.0 && value.abs() < 1000.0;
+        assert!(walk.steps.iter().all(|step| step.values.iter().all(dyadic)), "{walk}");
         if std::env::var_os("WORA_KEEP").is_some() {
             spec = spec.replace(example.text, worked_out.trim_end());
             continue;

@@ -72,7 +72,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
     ///
     /// # Errors
     ///
-    /// beta = 0, a magnitude of 0 or a norm of 0: W' does not hold W0 then (C6). A weight of another shape
+    /// beta = 0, or a magnitude of 0 where the norm is not: W' does not hold W0 then (C6). A weight of another shape
     /// or norms that are missing (C1, C7).
     pub fn unmerge(&self, merged: &Merged<T>) -> Result<ArrayD<T>> {
         check_shape("merged_weight", self.base().weight.shape(), merged.weight.shape())?; // C1
@@ -87,13 +87,14 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
                 return Err(Error::Missing { tensor: "weight_norm".into(), expected }); // C7
             };
             check_shape("weight_norm", magnitude.shape(), weight_norm.shape())?; // C1
-            for (what, values) in [("m", magnitude), ("weight_norm", weight_norm.view())] {
-                if let Some(unit) = values.iter().position(|&value| value == T::zero()) {
-                    let expected = format!("{what}[{unit}] other than 0");
-                    return Err(Error::Unmerge { expected, found: "0".into() }); // C6
-                }
+            let lost = |(&m, &n): (&T, &T)| m == T::zero() && n != T::zero();
+            if let Some(unit) = magnitude.iter().zip(weight_norm).position(lost) {
+                let expected = format!("m[{unit}] other than 0");
+                return Err(Error::Unmerge { expected, found: "0".into() }); // C6
             }
-            weight *= &self.along_norm_axis(weight_norm / &magnitude); // E37
+            // Where the norm is 0, V is, whatever the magnitude.
+            let inverse_gain = Direction::gain(weight_norm.view(), magnitude);
+            weight *= &self.along_norm_axis(inverse_gain); // E37
         }
         weight -= &self.delta_weight(self.alpha() * self.scaling()); // E37
         weight /= self.beta(); // E37
