@@ -20,9 +20,11 @@
 //! The derivation of every line is in SPEC.md; `// E9` beside a line is the label of its formula there,
 //! `// C1` the constraint that a check enforces.
 
+pub mod aside;
 pub mod bench;
 pub mod case;
 pub mod cases;
+pub mod chart;
 pub mod explain;
 pub mod gradcheck;
 pub mod matmul;
@@ -33,6 +35,7 @@ pub mod oracle;
 pub mod page;
 pub mod peft;
 pub mod registry;
+pub mod report;
 pub mod spec;
 pub mod tensor_file;
 pub mod tensor_writer;
@@ -48,7 +51,6 @@ mod error;
 mod rounded;
 mod scalar;
 mod simd;
-mod whole_file;
 
 pub use counted::Counted;
 pub use dual::{Dual, DualForward, DualTensors};

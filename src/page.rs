@@ -6,11 +6,12 @@
 //! assert!(html.contains("<math") && !html.contains("<script"));
 //! ```
 
-use crate::Result;
-use crate::whole_file::replace;
+use crate::aside::Aside;
+use crate::{Error, Result};
 use pulldown_latex::config::{DisplayMode, RenderConfig};
 use pulldown_latex::mathml::push_mathml;
 use pulldown_latex::{Parser, Storage};
+use std::io::Write;
 use std::path::Path;
 
 /// A page that is being written.
@@ -41,7 +42,9 @@ impl Page {
     ///
     /// A file that cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
-        replace(path, |out| out.write_all(self.to_html().as_bytes()))
+        let mut aside = Aside::of(path)?;
+        aside.write_all(self.to_html().as_bytes()).map_err(|error| Error::io(path, &error))?;
+        aside.finish()
     }
 
     /// The page as text.

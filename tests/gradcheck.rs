@@ -13,7 +13,7 @@ use woracle::gradcheck::{
 use woracle::mistakes::{Formula, TracedForward};
 use woracle::modules::Settings;
 use woracle::registry::{Forward, LAYERS, Precision, RoundTrip, Subject, layer};
-use woracle::wora::{Config, Method, NormGradient, Storage};
+use woracle::wora::{Config, Line, Method, NormGradient, Storage};
 use woracle::{Dual, DualForward, Result, Rounded};
 
 /// What a lie is off by: a power of two, so that no position in a forward is rounded by it.
@@ -58,8 +58,11 @@ impl Subject for Altered<'_> {
     fn specs(&self) -> &'static [Spec] {
         linear().specs()
     }
-    fn draw(&self, spec: &Spec, seed: u64) -> Case {
-        linear().draw(spec, seed)
+    fn try_draw(&self, spec: &Spec, seed: u64) -> Result<Case> {
+        linear().try_draw(spec, seed)
+    }
+    fn walk(&self, case: &Case) -> Result<[Vec<Line>; 2]> {
+        linear().walk(case)
     }
     fn evaluate(&self, case: &Case, precision: Precision) -> Result<Tensors> {
         let mut results = linear().evaluate(case, precision)?;

@@ -10,6 +10,7 @@ mod golden;
 mod inspect;
 mod merge;
 mod mistakes;
+mod report;
 mod train;
 mod unmerge;
 mod verify;
@@ -39,6 +40,7 @@ enum Command {
     Golden(golden::Args),
     Inspect(inspect::Args),
     Merge(merge::Args),
+    Report(report::Args),
     Train(train::Args),
     Unmerge(unmerge::Args),
     Verify(verify::Args),
@@ -72,6 +74,7 @@ pub fn run() -> ExitCode {
         Command::Golden(args) => golden::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Merge(args) => merge::run(args),
+        Command::Report(args) => report::run(args),
         Command::Train(args) => train::run(args),
         Command::Unmerge(args) => unmerge::run(args),
         Command::Verify(args) => verify::run(args),

@@ -51,7 +51,7 @@ pub use identities::Identity;
 pub use modules::{check_entry, check_module};
 pub use report::{CaseReport, Law};
 pub use slopes::{Curve, Slope, Slopes, curve, slopes};
-pub use trial::{Trial, check_mistake, try_mistake};
+pub use trial::{Trial, Tried, check_mistake, try_mistake};
 
 use crate::case::{Case, Tensor, Tensors};
 use crate::registry::{Forward, Precision, Subject};

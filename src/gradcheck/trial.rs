@@ -11,7 +11,8 @@ use crate::traced::Traced;
 use crate::wora::{Line, Storage};
 use crate::{DualForward, Error, Real, Result, Rounded};
 use ndarray::ArrayD;
-use serde::Serialize;
+use serde::ser::SerializeStruct;
+use serde::{Serialize, Serializer};
 use std::collections::BTreeMap;
 
 /// What became of a mistake in one layer.
@@ -27,6 +28,56 @@ pub struct Trial {
     pub killed_by: Vec<Witness>,
     /// In how many cases it was tried: those before it changed nothing, or were not seen through.
     pub tried: usize,
+}
+
+/// What became of a mistake in every layer that it can be made in.
+#[derive(Clone)]
+pub struct Tried {
+    /// The mistake.
+    pub mistake: &'static Mistake,
+    /// One a layer.
+    pub trials: Vec<Trial>,
+}
+
+impl Tried {
+    /// Who can speak: a mistake is the same in f32.
+    pub const WITNESSES: [Witness; 4] =
+        [Witness::Definition, Witness::Differences, Witness::Duals, Witness::Identities];
+
+    /// Puts a mistake in the place of every layer that it can be made in.
+    ///
+    /// # Errors
+    ///
+    /// As [`try_mistake`].
+    pub fn new(mistake: &'static Mistake, seed: u64) -> Result<Self> {
+        let trials = mistake.layers.iter().map(|layer| try_mistake(mistake, layer, seed));
+        Ok(Self { mistake, trials: trials.collect::<Result<_>>()? })
+    }
+
+    /// Whether it survived nowhere.
+    pub fn is_killed(&self) -> bool {
+        !self.trials.is_empty() && self.trials.iter().all(|trial| trial.case.is_some())
+    }
+
+    /// In how many layers this witness contradicts it.
+    pub fn contradicted_by(&self, witness: Witness) -> usize {
+        self.trials.iter().filter(|trial| trial.killed_by.contains(&witness)).count()
+    }
+}
+
+impl Serialize for Tried {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let Mistake { id, wrong, seen, section, .. } = self.mistake;
+        let mut fields = serializer.serialize_struct("Tried", 7)?;
+        fields.serialize_field("id", id)?;
+        fields.serialize_field("in", self.mistake.place())?;
+        fields.serialize_field("killed", &self.is_killed())?;
+        fields.serialize_field("section", section)?;
+        fields.serialize_field("seen", seen)?;
+        fields.serialize_field("trials", &self.trials)?;
+        fields.serialize_field("wrong", wrong)?;
+        fields.end()
+    }
 }
 
 /// Cases with more elements than this are left out: every gradient of a mistake is taken an element at a time.

@@ -142,6 +142,15 @@ impl Mistake {
     pub fn is_in_backward(&self) -> bool {
         !matches!(self.backward, Backward::OfForward)
     }
+
+    /// `"forward"`, `"backward"` or `"both"`.
+    pub fn place(&self) -> &'static str {
+        match (self.is_in_forward(), self.is_in_backward()) {
+            (true, true) => "both",
+            (true, false) => "forward",
+            _ => "backward",
+        }
+    }
 }
 
 /// Several formulas in one, where they do not want different things.

@@ -70,7 +70,7 @@ pub fn compare(config: &ReadConfig, directory: &Path, observer: &dyn Observer) -
     let values: Vec<Vec<f64>> = all.iter().map(|one| one.test.iter().map(|test| test.headline().1).collect()).collect();
     let rows: Vec<(&str, &[f64])> = all.iter().zip(&values).map(|(one, values)| (one.way, &values[..])).collect();
     let path = directory.join("compare.svg");
-    let svg = comparison(&path, all.first().map_or("", |one| one.metric), &rows)?;
+    let svg = comparison(all.first().map_or("", |one| one.metric), &rows);
     replace(&path, |out| out.write_all(svg.as_bytes()))?;
     Ok(all)
 }

@@ -186,7 +186,7 @@ pub fn read(path: &Path) -> Result<ReadConfig> {
     parse(path, text)
 }
 
-pub(super) fn parse(path: &Path, text: String) -> Result<ReadConfig> {
+pub(crate) fn parse(path: &Path, text: String) -> Result<ReadConfig> {
     let document = toml::Deserializer::parse(&text).map_err(|error| at(path, &text, error.span(), error.message()))?;
     let config: Config = serde_path_to_error::deserialize(document).map_err(|error| {
         let key = error.path().to_string().replace('[', ".").replace(']', "");

@@ -84,7 +84,7 @@ impl Metrics {
 }
 
 /// Every record of a run.
-pub(super) fn records(directory: &Path) -> Result<Vec<Record>> {
+pub(crate) fn records(directory: &Path) -> Result<Vec<Record>> {
     let path = directory.join(METRICS_FILE);
     let text = std::fs::read_to_string(&path).map_err(|error| Error::io(&path, &error))?;
     let parse = |(number, line): (usize, &str)| {

@@ -30,9 +30,12 @@ mod stage;
 mod state;
 
 pub use adapting::AdapterTable;
+pub(crate) use config::parse;
 pub use config::{Config, Monitor, ReadConfig, SplitTable, StageTable, read};
 pub use curves::curves;
+pub(crate) use curves::{Points, losses, scales, validations};
 pub use evaluation::Evaluation;
+pub(crate) use metrics::records;
 pub use metrics::{METRICS_FILE, Record};
 pub use model::Model;
 pub use optimiser::{Optimiser, OptimiserTable, Rates};
