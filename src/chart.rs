@@ -17,15 +17,15 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use std::ops::Range;
 
 /// How wide a picture is; everything is drawn at [`FINE`] times that, as coordinates are whole numbers.
-const WIDTH: u32 = 560;
+const WIDTH: u32 = 480;
 const FINE: u32 = 2;
 /// How high the axes and what is between them are where nothing else is said.
-const HEIGHT: u32 = 340;
+const HEIGHT: u32 = 320;
 const MARGIN: u32 = 10;
 /// Room for a title, for the labels of the horizontal axis, for those of the vertical one, and for a line of the legend.
 const TITLE: u32 = 34;
 const BELOW: u32 = 50;
-const BESIDE: u32 = 72;
+const BESIDE: u32 = 70;
 const LEGEND: u32 = 24;
 /// The size of a title's letters and of all others.
 const LARGE: u32 = 18;
@@ -220,6 +220,7 @@ impl Axis {
                 if text == "-0" { "0".into() } else { text.replace('-', "\u{2212}") }
             }
             Scale::Logarithmic if whole => power_of_ten(position.round() as i32),
+            Scale::Logarithmic => scientific(10f64.powf(position)),
             Scale::Rows(rows) if whole => {
                 let row = rows.len() as f64 - 1.0 - position.round();
                 rows.get(row as usize).cloned().unwrap_or_default()
@@ -244,7 +245,7 @@ impl Axis {
         match &self.scale {
             // One at every row, and one between any two that stays empty.
             Scale::Rows(rows) => 2 * rows.len() + 1,
-            _ => 7,
+            _ => 6,
         }
     }
 }
@@ -371,7 +372,7 @@ impl Picture {
     pub fn to_file(&self) -> String {
         let paper = "<style>@media (prefers-color-scheme: dark) { svg { color: #e6e6e8 } .paper { fill: #17181a } }</style>\n\
                      <rect class=\"paper\" width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n";
-        self.wrapped(WIDTH * 3 / 2, " color=\"#1c1c1e\"", paper)
+        self.wrapped(WIDTH * 2, " color=\"#1c1c1e\"", paper)
     }
 
     fn wrapped(&self, width: u32, attributes: &str, paper: &str) -> String {
@@ -530,7 +531,7 @@ mod tests {
         let extent = axis.extent([1e-12, 0.0, 1.0].into_iter());
         assert!(extent.start < -12.5 && extent.end > 0.0, "{extent:?}");
         assert_eq!(axis.position(0.0, &extent), extent.start);
-        assert_eq!((axis.label(-12.0), axis.label(-12.5)), ("10\u{207b}\u{b9}\u{b2}".into(), String::new()));
+        assert_eq!((axis.label(-12.0), axis.label(0.5)), ("10\u{207b}\u{b9}\u{b2}".into(), "3.16".into()));
     }
 
     #[test]

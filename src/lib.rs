@@ -15,7 +15,7 @@
 //!
 //! Beside: [`explain`] walks through one forward and backward with numbers; [`oracle`] judges other implementations by files,
 //! and knows the [`mistakes`] that they make; [`peft`] reads, merges, unmerges and writes adapters as PEFT keeps them on
-//! disk; [`modules`] and [`train`] build and train small models.
+//! disk; [`modules`] and [`train`] build and train small models; [`report`] is what is found, as a page.
 //!
 //! The derivation of every line is in SPEC.md; `// E9` beside a line is the label of its formula there,
 //! `// C1` the constraint that a check enforces.

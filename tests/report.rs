@@ -43,14 +43,14 @@ fn the_page_needs_nothing_but_itself() {
 fn every_picture_has_words_and_axes() {
     let html = report().to_html();
     let pictures: Vec<&str> = html.split("<svg").skip(1).map(|rest| rest.split("</svg>").next().unwrap()).collect();
-    assert_eq!(pictures.len(), report().v_curves.curves.len() + 2);
+    assert_eq!(pictures.len(), report().v_curves.curves.len() + 4 + 1);
     for picture in pictures {
         assert!(picture.contains("role=\"img\"") && picture.contains("<title>") && picture.contains("<desc>"));
         // Nothing that cannot be seen on one of the two grounds.
         assert!(picture.contains("currentColor") && !picture.contains("#000000") && !picture.contains("#FFFFFF"));
         assert!(picture.matches("<text").count() > 8, "no labels");
     }
-    assert!(html.contains("step h, in the element") && html.contains("alpha, a number without a unit"));
+    assert!(html.contains("step h, in the element") && html.contains("alpha, without a unit"));
 }
 
 #[test]

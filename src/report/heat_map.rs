@@ -96,7 +96,7 @@ impl HeatMap {
             ("disagree", "+2", "disagree"),
         ];
         let entry = |(class, number, words): (&str, &str, &str)| {
-            format!("<span class=\"chip {class}\">{number}</span> {words}")
+            format!("<span><span class=\"chip {class}\">{number}</span> {words}</span>")
         };
         let groups: String = self.groups.iter().map(Group::to_html).collect();
         format!(
@@ -108,9 +108,9 @@ impl HeatMap {
              column would be a wrong backward line, a red row a setting that is not handled. An unresolved cell is no pass: \
              the budget is too wide to tell. <em>identities</em> are relations between the gradients that need no step, \
              such as</p>{}<p><em>laws</em> are what must hold beside: the same bits twice, inputs left as they were, and that the \
-             detached and the full gradient differ.</p>\n<p class=\"legend\">{}</p>\n{groups}",
+             detached and the full gradient differ.</p>\n<div class=\"legend\">{}</div>\n{groups}",
             labelled("E49"),
-            legend.map(entry).join(" \u{2003} "),
+            legend.map(entry).concat(),
         )
     }
 }

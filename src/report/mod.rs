@@ -20,8 +20,9 @@ pub use training::{Training, Way};
 pub use v_curve::{DEFAULT_PATHS, VCurves, curve_at};
 
 use crate::Result;
+use crate::chart::Picture;
 use crate::mistakes::{MISTAKES, Mistake};
-use crate::page::{Page, escape, formula};
+use crate::page::{Page, escape, figure, formula};
 use crate::registry::{Entry, entries};
 use crate::spec;
 use serde::Serialize;
@@ -171,6 +172,12 @@ impl Report {
 fn labelled(label: &str) -> String {
     let latex = spec::formula(label).expect("a label of SPEC.md");
     format!("<div class=\"formula\">{} <span class=\"label\">{label}</span></div>\n", formula(latex))
+}
+
+/// Pictures with their captions, side by side where there is room.
+fn figures(pictures: impl IntoIterator<Item = (Picture, String)>) -> String {
+    let all: String = pictures.into_iter().map(|(picture, caption)| figure(&picture.to_svg(), &caption)).collect();
+    format!("<div class=\"pictures\">\n{all}</div>\n")
 }
 
 /// What is read out, and not shown.

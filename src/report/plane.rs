@@ -1,9 +1,8 @@
 //! The plane of alpha and beta: a loss that does not change along rays, and two gradients, one of which knows that.
 
-use super::labelled;
+use super::{figures, labelled};
 use crate::case::{Case, Tensors};
 use crate::chart::{Axis, Chart, Ink, Mark, Picture, Series, scientific};
-use crate::page::{escape, figure};
 use crate::registry::{Precision, Subject, layer};
 use crate::wora::NormGradient;
 use crate::{Error, Result};
@@ -187,7 +186,7 @@ impl Plane {
             TARGET.to_degrees(),
             labelled("E53"),
             labelled("E52"),
-            figure(&self.picture(), &self.in_words()),
+            figures([(self.picture(), self.in_words())]),
             self.rays.len(),
             LENGTHS[0],
             LENGTHS[LENGTHS.len() - 1],
@@ -213,7 +212,7 @@ impl Plane {
         )
     }
 
-    fn picture(&self) -> String {
+    fn picture(&self) -> Picture {
         let (low, high) = self.ends().map_or((0.0, 1.0), |(low, high)| (low.loss, high.loss));
         let part = |loss: f64| (loss - low) / (high - low);
         let ray = |ray: &Ray| {
@@ -250,8 +249,8 @@ impl Plane {
         let points = self.arrows.iter().map(|arrow| arrow.point).collect();
         let chart = Chart::new(
             "Loss over alpha and beta, and steps downhill",
-            Axis::linear("alpha, a number without a unit").within(-EDGE..EDGE),
-            Axis::linear("beta, a number without a unit").within(-EDGE..EDGE),
+            Axis::linear("alpha, without a unit").within(-EDGE..EDGE),
+            Axis::linear("beta, without a unit").within(-EDGE..EDGE),
         )
         .square()
         .with_all(self.rays.iter().map(ray))
@@ -262,6 +261,6 @@ impl Plane {
         )
         .with(Series::new("step, full gradient", Mark::Arrows, Ink::Text, steps(&|arrow| arrow.full)).width(3))
         .with(Series::unnamed(Mark::Points, Ink::Text, points).width(4));
-        Picture::new("The plane of alpha and beta", escape(&self.in_words())).with(chart).to_svg()
+        Picture::new("The plane of alpha and beta", self.in_words()).with(chart)
     }
 }

@@ -1,8 +1,8 @@
 //! The same run twice: with the norm detached, and with the full gradient.
 
-use super::labelled;
-use crate::chart::{Axis, Chart, Ink, Mark, Picture, Series};
-use crate::page::{escape, figure, inline_formula};
+use super::{figures, labelled};
+use crate::chart::{Axis, Chart, Ink, Mark, Picture, Series, scientific};
+use crate::page::{escape, inline_formula};
 use crate::train::{Evaluation, Points, Record, Run, Start, Unwatched, losses, parse, records, scales, validations};
 use crate::wora::NormGradient;
 use crate::{Error, Result};
@@ -84,7 +84,7 @@ impl Training {
             "<p>A small network has learned digits and is frozen ({} right after ink and paper are exchanged). Two adapters are \
              trained on it, from the same start, on the same batches, by plain gradient descent. They differ in one setting: \
              <code>norm_gradient</code>. Detached, as in PEFT, the norm counts as a constant in the backward, although it moves; \
-             with the full gradient it does not.</p>\n{}\
+             the full gradient takes into account how it moves.</p>\n{}\
              <p>Both losses fall: the direction that detaching leaves out is one that the output does not depend on. What \
              differs is where \u{3b1} and \u{3b2} go. The full gradient is perpendicular to (\u{3b1}, \u{3b2}), so small steps \
              keep {} and the length of (\u{3b1}, \u{3b2}) hardly changes; it can only grow, by the square of each step. The \
@@ -93,11 +93,12 @@ impl Training {
             escape(&before),
             labelled("E53"),
             inline_formula(r"\alpha\,d\alpha + \beta\,d\beta = 0"),
-            figure(&self.picture(), &format!("{}. Lines are averages over steps that are near.", self.summary())),
+            figures(self.pictures()),
         )
     }
 
-    fn picture(&self) -> String {
+    /// Every picture, and what is to be read in it.
+    fn pictures(&self) -> [(Picture, String); 4] {
         let of_both = |curve: &dyn Fn(&Way) -> Points| {
             let series = |(number, way): (usize, &Way)| {
                 let mark = if number == 0 { Mark::Dashes } else { Mark::Line };
@@ -105,44 +106,55 @@ impl Training {
             };
             self.ways.iter().enumerate().map(series).collect::<Vec<_>>()
         };
-        let chart = |title: &str, unit: &str, series: Vec<Series>| {
-            Chart::new(title, Axis::linear("step of the adapter"), Axis::linear(unit)).with_all(series)
+        let picture = |title: &str, y: Axis, series: Vec<Series>, caption: String| {
+            let chart = Chart::new(title, Axis::linear("step of the adapter"), y).with_all(series);
+            (Picture::new(format!("{title}: detached and full gradient"), caption.as_str()).with(chart), caption)
         };
         let mut apart = Vec::new();
         for (number, way) in self.ways.iter().enumerate() {
             for (which, mark) in [("alpha", Mark::Line), ("beta", Mark::Dashes)] {
-                let points = way.scales.get(&format!("{MODULE} {which}")).cloned().unwrap_or_default();
-                apart.push(Series::new(format!("{which}, {}", name(way)), mark, Ink::Nth(number), points));
+                apart.push(Series::new(
+                    format!("{which}, {}", name(way)),
+                    mark,
+                    Ink::Nth(number),
+                    way.scale(MODULE, which),
+                ));
             }
         }
-        let title = "Detached and full gradient of the norm in training";
-        Picture::new(title, self.in_words())
-            .with(chart("Training loss", "mean cross-entropy, in nats", of_both(&|way| way.loss.clone())))
-            .with(chart("Validation", self.metric, of_both(&|way| way.validation.clone())))
-            .with(chart(&format!("alpha and beta of {MODULE}"), "value", apart))
-            .with(chart(
-                &format!("Length of (alpha, beta) of {MODULE}"),
-                "root of alpha\u{b2} + beta\u{b2}",
-                of_both(&|way| way.length(MODULE)),
-            ))
-            .to_svg()
-    }
-
-    fn in_words(&self) -> String {
-        let one = |way: &Way| {
-            let ends = |points: &Points| {
-                let value = |point: Option<&(f64, f64)>| point.map_or(f64::NAN, |(_, value)| *value);
-                format!("from {:.3} to {:.3}", value(points.first()), value(points.last()))
+        let ends = |what: &str, curve: &dyn Fn(&Way) -> Points| {
+            let one = |way: &Way| {
+                let points = curve(way);
+                let value =
+                    |point: Option<&(f64, f64)>| point.map_or("nothing".into(), |(_, value)| scientific(*value));
+                format!("{} from {} to {}", name(way), value(points.first()), value(points.last()))
             };
-            format!(
-                "{}: the loss goes {}, the validation {}, the length of alpha and beta of {MODULE} {}.",
-                name(way),
-                ends(&way.loss),
-                ends(&way.validation),
-                ends(&way.length(MODULE))
-            )
+            format!("{what}: {}.", self.ways.iter().map(one).collect::<Vec<_>>().join(", "))
         };
-        self.ways.iter().map(one).collect::<Vec<_>>().join(" ")
+        let (loss, validation) = (|way: &Way| way.loss.clone(), |way: &Way| way.validation.clone());
+        let length = |way: &Way| way.length(MODULE);
+        [
+            picture(
+                "Training loss",
+                Axis::logarithmic("mean cross-entropy, in nats"),
+                of_both(&loss),
+                ends("Averages over steps that are near", &loss),
+            ),
+            picture("Validation", Axis::linear(self.metric), of_both(&validation), ends(self.metric, &validation)),
+            picture(
+                &format!("alpha and beta of {MODULE}"),
+                Axis::linear("value, without a unit"),
+                apart,
+                ends("alpha", &|way| way.scale(MODULE, "alpha"))
+                    + " "
+                    + &ends("beta", &|way| way.scale(MODULE, "beta")),
+            ),
+            picture(
+                &format!("Length of (alpha, beta) of {MODULE}"),
+                Axis::linear("root of alpha\u{b2} + beta\u{b2}"),
+                of_both(&length),
+                ends("Length", &length),
+            ),
+        ]
     }
 }
 
@@ -183,9 +195,14 @@ impl Way {
         Ok((metric, way))
     }
 
+    /// `"alpha"` or `"beta"` of a module, against the step.
+    fn scale(&self, module: &str, which: &str) -> Points {
+        self.scales.get(&format!("{module} {which}")).cloned().unwrap_or_default()
+    }
+
     /// How long (alpha, beta) of a module is, against the step.
     pub fn length(&self, module: &str) -> Points {
-        let of = |which: &str| self.scales.get(&format!("{module} {which}")).map_or(&[][..], Vec::as_slice);
-        of("alpha").iter().zip(of("beta")).map(|((step, alpha), (_, beta))| (*step, alpha.hypot(*beta))).collect()
+        let both = self.scale(module, "alpha").into_iter().zip(self.scale(module, "beta"));
+        both.map(|((step, alpha), (_, beta))| (step, alpha.hypot(beta))).collect()
     }
 }

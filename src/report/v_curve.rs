@@ -1,9 +1,10 @@
 //! Error against step: why one difference is never enough.
 
+use super::figures;
 use crate::case::Tensor;
 use crate::chart::{Axis, Chart, Ink, Mark, Picture, Series, scientific};
 use crate::gradcheck::{Curve, Rung, curve};
-use crate::page::{figure, formula};
+use crate::page::formula;
 use crate::registry::specs;
 use crate::{Error, Result};
 use rayon::prelude::*;
@@ -84,7 +85,7 @@ impl VCurves {
 
     /// What is seen, and a picture a path.
     pub fn to_html(&self) -> String {
-        let pictures: String = self.curves.iter().map(|curve| figure(&picture(curve), &in_words(curve))).collect();
+        let pictures = figures(self.curves.iter().map(|curve| (picture(curve), in_words(curve))));
         format!(
             "<p>A gradient can be had without any derivation: move one element by h, both ways, and see how the output \
              changes. The difference is off by what is curved, which shrinks with the step, and by rounding, which grows as \
@@ -126,7 +127,7 @@ fn in_words(curve: &Curve) -> String {
     )
 }
 
-fn picture(curve: &Curve) -> String {
+fn picture(curve: &Curve) -> Picture {
     let steps: Vec<(f64, f64)> = curve.steps.iter().map(|rung| (rung.step, rung.error)).collect();
     let ends = || steps.first().into_iter().chain(steps.last()).map(|(step, _)| *step);
     let level =
@@ -140,5 +141,5 @@ fn picture(curve: &Curve) -> String {
     .with(level("ladder: error", Mark::Line, Ink::Nth(1), (curve.ladder - curve.dual).abs()))
     .with(level("derived gradient: error", Mark::Dashes, Ink::Nth(2), (curve.ours - curve.dual).abs()))
     .with(Series::new("central difference", Mark::LineAndPoints, Ink::Nth(0), steps.clone()));
-    Picture::new(format!("Error against step, {}", name(curve)), in_words(curve)).with(chart).to_svg()
+    Picture::new(format!("Error against step, {}", name(curve)), in_words(curve)).with(chart)
 }
