@@ -1,8 +1,8 @@
 //! Merges a WoRA adapter into its base model: the merged model computes without the adapter what the two computed
 //! together. Then unmerges it again, once from the numbers alone and once from a base that was kept.
 //!
-//! The model is that of tests/data/peft/linear-wora-pr2872, two linear layers with a ReLU between them, whose adapter PEFT
-//! has written. Beside it lies what PEFT computed with the adapter.
+//! The model is that of tests/data/peft/linear-wora-pr2872, two linear layers with a ReLU between them, whose adapter
+//! PEFT has written. Beside it lies what PEFT computed with the adapter.
 //!
 //! `cargo run --release --example merge_an_adapter`
 

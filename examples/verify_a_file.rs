@@ -1,8 +1,8 @@
 //! Verifies case files: what somebody's layer computed, against this crate's, element by element.
 //!
-//! Without an argument it plays both sides: a file of inputs is written, a layer written in a few lines answers it in f32,
-//! once right and once with a classic mistake, and the answers are read back and judged. The wrong ones get a diagnosis:
-//! which intermediate goes wrong first, and which known mistake explains the numbers.
+//! Without an argument it plays both sides: a file of inputs is written, a layer written in a few lines answers it in
+//! f32, once right and once with a classic mistake, and the answers are read back and judged. The wrong ones get a
+//! diagnosis: which intermediate goes wrong first, and which known mistake explains the numbers.
 //!
 //! ```sh
 //! cargo run --release --example verify_a_file
@@ -26,8 +26,8 @@ enum NormOf {
     Base,
 }
 
-/// The layer under test: WoRA over a linear layer, in f32, from the tensors of a case. It knows nothing of this crate but
-/// the names in the file.
+/// The layer under test: WoRA over a linear layer, in f32, from the tensors of a case. It knows nothing of this crate
+/// but the names in the file.
 fn answer(case: &Case, norm_of: NormOf) -> Result<Tensors> {
     let values = |name| Ok::<_, Error>(case.values(name)?.mapv(|value| value as f32));
     let matrix = |name| Ok::<_, Error>(values(name)?.into_dimensionality::<Ix2>().expect("a matrix"));

@@ -1,4 +1,19 @@
 //! A case: one layer at one input, by name. What checks, verifies and writes layers passes these around.
+//!
+//! ```
+//! use ndarray::array;
+//! use woracle::{Error, case::{Tensor, Tensors}, registry, wora::Config};
+//! let linear = registry::layer("linear")?;
+//! let mut case = linear.draw(&linear.specs()[0], 0);
+//! assert_eq!((case.name.as_str(), case.layer.as_str()), ("linear-plain", "linear"));
+//! assert_eq!(case.values("base.weight")?.shape(), [6, 7]); // [out, in]
+//! assert_eq!(case.settings::<Config>()?.scaling, 1.5);
+//! case.extend(Tensors::from([("x".to_string(), array![[1.0, f64::NAN]].into_dyn())]));
+//! assert!(matches!(case.values("x"), Err(Error::NotFinite { .. }))); // C2
+//! assert!(case.optional("dropout_mask")?.is_none());
+//! assert!(matches!(&case.tensors["grad.y"], Tensor::Float(dy) if dy.shape() == [5, 6]));
+//! # Ok::<(), woracle::Error>(())
+//! ```
 
 use crate::error::check_finite;
 use crate::{Error, Result};
@@ -39,7 +54,8 @@ pub struct Case {
     pub layer: String,
     /// Everything else that the metadata says: `scaling`, `norm_gradient`, ...
     pub settings: serde_json::Map<String, serde_json::Value>,
-    /// `x`, `base.weight`, ..., `grad.y`; `y` and `grad.*` are answers.
+    /// `x`, `base.weight`, ..., `grad.y`, in the shapes of SPEC.md, section 1; `y` and the other `grad.*` are answers,
+    /// each gradient in the shape of what it is the gradient of.
     pub tensors: BTreeMap<String, Tensor>,
 }
 

@@ -1,18 +1,18 @@
 //! Numbers that know how many digits they need in whatever order they were summed: a result whose every sum stays below
 //! 2^8 of its smallest unit is the same bits in f64, f32, bf16 and f16. SPEC.md, section 11.1.
-//!
-//! ```
-//! use woracle::{Counted, Real};
-//! let three = Counted::constant(1.0) + Counted::constant(2.0);
-//! assert_eq!(three.units(), 3.0); // |1| + |2| in units of 1
-//! assert_eq!((three - Counted::constant(0.5)).units(), 7.0); // 3.5 in units of 1/2
-//! assert_eq!(Real::sqrt(three).units(), f64::INFINITY); // no finite number of digits
-//! ```
 
 use crate::Real;
 use std::ops::{Add, Div, Mul, Sub};
 
 /// A value, the sum of the absolute terms that it is made of, and the largest power of two that divides them all.
+///
+/// ```
+/// use woracle::{Counted, Real};
+/// let three = Counted::constant(1.0) + Counted::constant(2.0);
+/// assert_eq!(three.units(), 3.0); // |1| + |2| in units of 1
+/// assert_eq!((three - Counted::constant(0.5)).units(), 7.0); // 3.5 in units of 1/2
+/// assert_eq!(Real::sqrt(three).units(), f64::INFINITY); // no finite number of digits
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Counted {
     value: f64,

@@ -1,10 +1,4 @@
 //! The types that a case file's numbers are stored in, and rounding to them.
-//!
-//! ```
-//! use woracle::oracle::Dtype;
-//! assert_eq!(Dtype::Bf16.round(1.0 + 1.0 / 256.0), 1.0); // a tie goes to the even neighbour
-//! assert_eq!(Dtype::F16.round(1e6), f64::INFINITY);
-//! ```
 
 use crate::operators::PARALLEL_ELEMENTS;
 use crate::wora::Storage;
@@ -14,6 +8,21 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// A floating-point type of safetensors, by its name there.
+///
+/// ```
+/// use woracle::oracle::Dtype;
+/// assert_eq!(Dtype::Bf16.round(1.0 + 1.0 / 256.0), 1.0); // a tie goes to the even neighbour
+/// assert_eq!(Dtype::F16.round(1e6), f64::INFINITY);
+/// ```
+///
+/// ```
+/// use woracle::oracle::Dtype;
+/// assert_eq!("bf16".parse(), Ok(Dtype::Bf16));
+/// assert_eq!(Dtype::Bf16.unit_roundoff(), 1.0 / 256.0); // half the distance from 1 to the next number
+/// assert_eq!(Dtype::Bf16.ulp(4.5), 1.0 / 32.0);
+/// assert_eq!(Dtype::F16.smallest_subnormal(), 2f64.powi(-24));
+/// assert!(Dtype::F32.storage().chain > 0 && Dtype::F16.storage().chain == 0); // f16 is summed in f32
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Dtype {

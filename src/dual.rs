@@ -1,12 +1,5 @@
 //! Dual numbers: a value and its derivative along one direction, carried through every operation by the chain
 //! rule. No step, no truncation: derivatives exact to rounding. SPEC.md, section 8.
-//!
-//! ```
-//! use woracle::{Dual, Real};
-//! let x: Dual = Dual::new(3.0, 1.0); // the value 3, moving at speed 1
-//! let y = Real::sqrt(x * x + Dual::constant(7.0));
-//! assert_eq!((y.re, y.eps), (4.0, 3.0 / 4.0));
-//! ```
 
 use crate::scalar::erf_slope;
 use crate::{Real, Result};
@@ -16,6 +9,13 @@ use std::collections::BTreeMap;
 use std::ops::{Add, Div, Mul, Sub};
 
 /// A dual number over f64: the value `re` and its derivative `eps`.
+///
+/// ```
+/// use woracle::{Dual, Real};
+/// let x: Dual = Dual::new(3.0, 1.0); // the value 3, moving at speed 1
+/// let y = Real::sqrt(x * x + Dual::constant(7.0));
+/// assert_eq!((y.re, y.eps), (4.0, 3.0 / 4.0));
+/// ```
 pub type Dual = Dual64;
 
 /// Tensors of dual numbers by their names.

@@ -6,6 +6,18 @@ use rayon::prelude::*;
 use std::path::{Path, PathBuf};
 
 /// Everything that can be wrong with what a caller hands in.
+///
+/// ```
+/// use std::path::Path;
+/// use ndarray::array;
+/// use woracle::{Error, operators::{Linear, Operator}};
+/// let linear = Linear { in_features: 3, out_features: 2, fan_in_fan_out: false };
+/// let error = linear.output_shape::<f64>(&array![[1.0, 2.0]].into_dyn().into()).unwrap_err(); // C1
+/// assert!(matches!(&error, Error::Shape { tensor, found, .. } if tensor == "x" && *found == [1, 2]));
+/// assert_eq!(error.to_string(), "x: expected shape [..., 3], found [1, 2]");
+/// let error = error.in_file(Path::new("case.safetensors"));
+/// assert_eq!(error.to_string(), "case.safetensors: x: expected shape [..., 3], found [1, 2]");
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -14,7 +26,7 @@ pub enum Error {
     Shape {
         /// The tensor's name in a case file.
         tensor: String,
-        /// The shape that was expected, `*` standing for any length.
+        /// The shape that was expected, `*` standing for any length and `...` for any axes.
         expected: String,
         /// The shape that was found.
         found: Vec<usize>,

@@ -19,6 +19,17 @@ use rayon::prelude::*;
 pub const PARALLEL_FLOPS: usize = 10_000_000;
 
 /// What happens to the destination of a product.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::matmul::{Accumulate, product_into};
+/// let (a, b) = (array![[1.0, 2.0]], array![[3.0], [4.0]]); // a b = 11
+/// let mut c = array![[100.0]];
+/// product_into(2.0, a.view(), b.view(), Accumulate::Add, c.view_mut());
+/// assert_eq!(c, array![[122.0]]);
+/// product_into(2.0, a.view(), b.view(), Accumulate::Replace, c.view_mut());
+/// assert_eq!(c, array![[22.0]]);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accumulate {
     /// C = s A B
@@ -213,8 +224,8 @@ mod backend {
         sums
     }
 
-    /// Columns that lie contiguous are read by faer where they lie: copied to where they do not meet in the cache, which
-    /// makes a product of 4096 x 512 x 4096 in f64 twice as fast.
+    /// Columns that lie contiguous are read by faer where they lie: copied to where they do not meet in the cache,
+    /// which makes a product of 4096 x 512 x 4096 in f64 twice as fast.
     fn without_aliasing<T: Scalar>(a: ArrayView2<'_, T>) -> CowArray<'_, T, Ix2> {
         let meet = |stride: isize| stride > 0 && (stride as usize * size_of::<T>()).is_multiple_of(PAGE);
         match *a.strides() {

@@ -52,6 +52,16 @@ pub fn specs() -> impl Iterator<Item = (&'static dyn Subject, &'static Spec)> {
 }
 
 /// Something that is checked: a case of a layer, or of a module or a loss.
+///
+/// ```
+/// use woracle::gradcheck::{Options, check_entry};
+/// use woracle::registry::{Entry, choose, entries};
+/// let relu = choose(entries().collect(), "module-relu", |entry: &Entry| entry.name(), "a case's name")?;
+/// assert_eq!(relu.len(), 1); // the whole name: none that merely contains it
+/// assert!(check_entry(relu[0], Options::default()).agrees());
+/// assert!(choose(entries().collect(), "no such case", |entry: &Entry| entry.name(), "a case's name").is_err());
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy)]
 pub enum Entry {
     /// A case of a layer.
@@ -97,11 +107,11 @@ pub type Forward = Box<dyn Fn(&Case) -> Result<ArrayD<f64>> + Send + Sync>;
 /// There and back: merging and unmerging, in f64.
 #[derive(Debug)]
 pub struct RoundTrip {
-    /// y of the adapted layer, without a mask.
+    /// y of the adapted layer, without a mask, in the shape of y.
     pub adapted: ArrayD<f64>,
-    /// y of the plain layer with the merged weight.
+    /// y of the plain layer with the merged weight, in the shape of y.
     pub merged: ArrayD<f64>,
-    /// W0 restored from the merged weight, or why it cannot be (C6).
+    /// W0 restored from the merged weight, in the shape in which it is stored, or why it cannot be (C6).
     pub restored: Result<ArrayD<f64>>,
 }
 
@@ -132,6 +142,21 @@ impl Precision {
 /// A layer as everything that iterates the registry sees it.
 ///
 /// Results are named as in a case file: `y`, `grad.x`, `grad.lora_A`, ..., `weight_norm`, `merged_weight`.
+///
+/// ```
+/// use woracle::registry::{self, Precision};
+/// let conv = registry::layer("conv2d")?;
+/// let case = conv.draw(&conv.specs()[0], 0);
+/// let (ours, defined) = (conv.evaluate(&case, Precision::F64)?, conv.define(&case)?);
+/// assert!((&ours["grad.lora_A"] - &defined["grad.lora_A"]).iter().all(|difference| difference.abs() < 1e-12));
+/// let trip = conv.merge(&case)?;
+/// assert!((&trip.adapted - &trip.merged).iter().all(|difference| difference.abs() < 1e-12));
+/// let base = case.values("base.weight")?;
+/// assert!((trip.restored? - base).iter().all(|difference| difference.abs() < 1e-12));
+/// assert!(conv.is_input(&case, "x")? && !conv.is_input(&case, "y")?);
+/// assert_eq!(conv.lora_names(), ["lora_A", "lora_B"]);
+/// # Ok::<(), woracle::Error>(())
+/// ```
 pub trait Subject: Sync {
     /// The name, as `layer` in a case file.
     fn name(&self) -> &'static str;

@@ -2,19 +2,19 @@
 //!
 //! Beside its value it keeps two sums of squares: of the terms that make it up, which say how large partial
 //! sums get in any order, and of the rounding errors made so far, taken as independent. SPEC.md, section 8.
-//!
-//! ```
-//! use woracle::{Real, Rounded};
-//! let difference = Rounded::exact(1.0) - Rounded::exact(1.0);
-//! assert_eq!(difference.value(), 0.0);
-//! assert_eq!(difference.roundings(), 2f64.sqrt()); // one rounding of partial sums as large as the terms
-//! ```
 
 use crate::Real;
 use crate::scalar::erf_slope;
 use std::ops::{Add, Div, Mul, Sub};
 
 /// A value and its rounding error, as a root of summed squares in unit roundoffs.
+///
+/// ```
+/// use woracle::{Real, Rounded};
+/// let difference = Rounded::exact(1.0) - Rounded::exact(1.0);
+/// assert_eq!(difference.value(), 0.0);
+/// assert_eq!(difference.roundings(), 2f64.sqrt()); // one rounding of partial sums as large as the terms
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rounded {
     value: f64,
@@ -41,7 +41,8 @@ impl Rounded {
         self.terms.max(self.value * self.value).sqrt()
     }
 
-    /// A function of it with this value and slope, rounded once. What its argument was summed up from says nothing of it.
+    /// A function of it with this value and slope, rounded once. What its argument was summed up from says nothing of
+    /// it.
     fn mapped(self, value: f64, slope: f64) -> Self {
         Self { value, terms: value * value, errors: self.errors * slope * slope + value * value }
     }

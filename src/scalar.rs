@@ -16,6 +16,22 @@ mod sealed {
 }
 
 /// The floating-point type of a layer: `f32` or `f64`.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::Scalar;
+/// /// Written once for f32 and f64.
+/// fn softplus<T: Scalar>(x: T) -> T {
+///     let mut one = [x];
+///     T::exp_each(&mut one);
+///     (T::one() + one[0]).ln()
+/// }
+/// assert_eq!(softplus(0.0_f64), 2f64.ln());
+/// assert!((softplus(0.0_f32).as_f64() - 2f64.ln()).abs() <= 4.0 * f32::UNIT_ROUNDOFF);
+/// assert_eq!((f32::NAME, f32::from_f64(0.1).as_f64()), ("f32", 0.10000000149011612));
+/// let shared = array![1.5].into_dyn().into();
+/// assert_eq!(f32::from_shared(&shared)[0], 1.5_f32);
+/// ```
 pub trait Scalar: ndarray::NdFloat + faer::traits::ComplexField + sealed::Sealed {
     /// `"f32"` or `"f64"`.
     const NAME: &'static str;
@@ -31,7 +47,7 @@ pub trait Scalar: ndarray::NdFloat + faer::traits::ComplexField + sealed::Sealed
     fn exp_each(values: &mut [Self]);
     /// The hyperbolic tangent of each.
     fn tanh_each(values: &mut [Self]);
-    /// The nearest numbers of this type: the same memory where they are the same numbers.
+    /// The nearest numbers of this type, in the same shape: the same memory where they are the same numbers.
     fn from_shared(values: &ArcArray<f64, IxDyn>) -> ArcArray<Self, IxDyn>;
 }
 
@@ -87,6 +103,21 @@ impl Scalar for f64 {
 }
 
 /// A number that the [definition](crate::wora::Definition) can be evaluated on.
+///
+/// ```
+/// use woracle::{Dual, Real};
+/// /// Written once for numbers of every kind.
+/// fn logistic<R: Real>(x: R) -> R {
+///     let one = R::constant(1.0);
+///     one / (one + (R::constant(0.0) - x).exp())
+/// }
+/// assert_eq!(logistic(0.0), 0.5);
+/// let dual = logistic(Dual::new(0.0, 1.0));
+/// assert_eq!((dual.value(), dual.eps), (0.5, 0.25)); // and its slope
+/// assert!((Real::erf(Dual::new(0.0, 1.0)).eps - 2.0 / std::f64::consts::PI.sqrt()).abs() < 1e-15);
+/// assert_eq!(Dual::new(3.0, 1.0).damped(0.25).eps, 0.25); // a quarter of its changes count
+/// assert_eq!(Real::ln(Dual::new(1.0, 2.0)).eps, 2.0);
+/// ```
 pub trait Real:
     Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> + Div<Output = Self> + Send + Sync + 'static
 {

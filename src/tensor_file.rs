@@ -36,6 +36,22 @@ const PIECE: usize = 1 << 16;
 const BYTES: usize = 1 << 22;
 
 /// A safetensors file whose header has been read and fits its length.
+///
+/// ```
+/// use woracle::oracle::Dtype;
+/// use woracle::tensor_file::{TensorFile, floating_point};
+/// # let data = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/peft/linear-wora-pr2872");
+/// let file = TensorFile::open(&data.join("model.safetensors"))?;
+/// let (weight, dtype) = file.values("fc1.weight")?; // [14, 10], widened to f64
+/// assert_eq!((weight.shape(), dtype), (&[14, 10][..], Dtype::F32));
+/// let info = file.info("fc1.weight").unwrap();
+/// assert_eq!(floating_point("fc1.weight", info.dtype)?, Dtype::F32);
+/// let first = file.bytes("fc1.weight", info, 0..4)?; // little-endian
+/// assert_eq!(f64::from(f32::from_le_bytes(first.try_into().unwrap())), weight[[0, 0]]);
+/// assert_eq!(file.all_bytes("fc1.weight", info)?.len(), 4 * 14 * 10);
+/// assert!(file.in_order().contains(&"fc2.weight".to_string()) && file.metadata().is_none());
+/// # Ok::<(), woracle::Error>(())
+/// ```
 pub struct TensorFile<'a> {
     source: Source<'a>,
     header: Metadata,
@@ -177,8 +193,8 @@ impl<'a> TensorFile<'a> {
         self.bytes(name, tensor, 0..tensor.data_offsets.1 - tensor.data_offsets.0)
     }
 
-    /// All the bytes of a tensor from the first to the last, piece by piece, each with the place of its first element; the
-    /// name is for what goes wrong.
+    /// All the bytes of a tensor from the first to the last, piece by piece, each with the place of its first element;
+    /// the name is for what goes wrong.
     ///
     /// # Errors
     ///
@@ -197,7 +213,7 @@ impl<'a> TensorFile<'a> {
         Ok(())
     }
 
-    /// All of a tensor's floating-point numbers, and the type that they are stored in.
+    /// All of a tensor's floating-point numbers in its shape, and the type that they are stored in.
     ///
     /// # Errors
     ///

@@ -87,6 +87,28 @@ impl Adjoints {
 
 /// Results computed from traced numbers in one piece: `backward` gets their cotangent, and adds to the derivatives with
 /// respect to what they were computed from.
+///
+/// ```
+/// use ndarray::{ArrayD, array};
+/// use woracle::case::Tensors;
+/// use woracle::traced::{TracedTensors, block, gradient};
+/// use woracle::{Real, traced::Traced};
+/// // A sum of squares as one step of the tape, with the adjoint that belongs to it.
+/// let sum_of_squares = |inputs: &TracedTensors| {
+///     let x = inputs["x"].clone();
+///     let values: Vec<f64> = x.iter().map(|x: &Traced| x.value()).collect();
+///     let sum = values.iter().map(|x| x * x).sum();
+///     let y = block(ArrayD::from_elem(vec![], sum), move |dy, adjoints| {
+///         adjoints.add(&x, values.iter().map(|x| 2.0 * x * dy[[]]));
+///     });
+///     assert!(!y[[]].is_constant());
+///     Ok(y)
+/// };
+/// let inputs = Tensors::from([("x".to_string(), array![3.0, 4.0].into_dyn())]);
+/// let (y, gradients) = gradient(&inputs, &ArrayD::from_elem(vec![], 10.0), sum_of_squares)?;
+/// assert_eq!((y[[]], &gradients["x"]), (25.0, &array![60.0, 80.0].into_dyn()));
+/// # Ok::<(), woracle::Error>(())
+/// ```
 pub fn block(results: ArrayD<f64>, backward: impl FnOnce(&ArrayD<f64>, &mut Adjoints) + 'static) -> ArrayD<Traced> {
     TAPE.with_borrow_mut(|tape| {
         let first = tape.nodes.len();

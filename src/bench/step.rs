@@ -6,8 +6,21 @@ use crate::{Result, Scalar};
 use ndarray::ArrayD;
 
 /// A step that can be timed again and again.
+///
+/// ```
+/// use woracle::{bench, registry::Precision};
+/// let case = bench::CASES.iter().find(|case| case.name.starts_with("linear-n256")).unwrap(); // 256 x 256, rank 8
+/// let mut step = bench::training_step(case, Precision::F32)?;
+/// step.run()?;
+/// step.update(); // norms have changed: the next run computes all of them again
+/// step.run()?;
+/// assert!(step.flops()? > 2 * 2 * 256 * 256 * 256); // the products with W0, forward and backward, and smaller ones
+/// assert!(step.kept_bytes()? >= 4 * 2 * 256 * 256); // y and dx in f32
+/// # Ok::<(), woracle::Error>(())
+/// ```
 pub trait TrainingStep: Send {
-    /// Changes A, B, m, alpha and beta, as an optimiser does between two steps: nothing that depends on them can be kept.
+    /// Changes A, B, m, alpha and beta, as an optimiser does between two steps: nothing that depends on them can be
+    /// kept.
     fn update(&mut self);
     /// Forward, then the gradients of x, A, B, m, alpha and beta.
     ///

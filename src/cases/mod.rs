@@ -1,4 +1,15 @@
 //! The cases of every layer that `wora check` runs: what is special about each, and seeded numbers for it.
+//!
+//! ```
+//! use woracle::{cases::{LINEAR, MODULES}, registry};
+//! let spec = LINEAR.iter().find(|spec| spec.name == "linear-dropout-full").unwrap();
+//! assert_eq!(spec.why(), "WoRA; the gradient through the norm; dropout 0.25");
+//! let case = registry::layer("linear")?.draw(spec, 7); // the same numbers for the same seed, everywhere
+//! let kept = case.values("dropout_mask")?.iter().filter(|&&k| k != 0.0).count();
+//! assert!(0 < kept && kept < 35); // of x [5, 7]
+//! assert!(MODULES.iter().any(|spec| spec.name == "module-relu"));
+//! # Ok::<(), woracle::Error>(())
+//! ```
 
 mod conv;
 mod embedding;
@@ -24,9 +35,9 @@ use serde_json::{Map, Value};
 pub struct Spec {
     /// The name; begins with the layer's.
     pub name: &'static str,
-    /// x.
+    /// The shape of x.
     pub x: &'static [usize],
-    /// The base weight, as stored.
+    /// The shape of the base weight, as stored.
     pub weight: &'static [usize],
     /// The rank.
     pub rank: usize,
@@ -36,7 +47,7 @@ pub struct Spec {
     pub dropout: Option<f64>,
     /// The method and how the norm is taken.
     pub config: Config,
-    /// Where alpha and beta stand.
+    /// The values of alpha and beta.
     pub alpha_beta: (f64, f64),
     /// What is done to the tensors afterwards.
     pub twist: Twist,

@@ -8,13 +8,25 @@ use rand_pcg::Pcg64;
 use rand_pcg::rand_core::SeedableRng;
 
 /// What is special about one case of a module or of a loss.
+///
+/// ```
+/// use woracle::cases::{MODULES, Numbers, Of};
+/// let spec = MODULES.iter().find(|spec| spec.name == "module-relu").unwrap();
+/// assert!(matches!(spec.of, Of::Module(settings) if settings.contains("relu")));
+/// assert_eq!(spec.numbers, Numbers::AwayFromZero); // where max(x, 0) has its kink
+/// let case = spec.draw(3);
+/// assert_eq!(case.inputs["x"].shape(), spec.x);
+/// assert!(case.inputs["x"].iter().all(|x| x.abs() >= 1.0 / 16.0));
+/// let y = case.define(&case.inputs, |constant| constant);
+/// assert!(y.iter().all(|&y| y >= 0.0));
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct ModuleSpec {
     /// The name; begins with the module's type.
     pub name: &'static str,
     /// What is checked.
     pub of: Of,
-    /// x.
+    /// The shape of x.
     pub x: &'static [usize],
     /// What its numbers are.
     pub numbers: Numbers,

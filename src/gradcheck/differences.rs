@@ -1,13 +1,4 @@
 //! Central differences at a ladder of steps, extrapolated to step 0, with an estimate of the error.
-//!
-//! ```
-//! use woracle::gradcheck::{Estimate, ladder};
-//! let central = |h: f64| Ok(Estimate { value: ((1.0 + h).exp() - (1.0 - h).exp()) / (2.0 * h), uncertainty: 1e-15 / h });
-//! let estimate = ladder(central, 0.125, 10)?;
-//! assert!((estimate.value - 1f64.exp()).abs() <= estimate.uncertainty);
-//! assert!(estimate.uncertainty < 1e-12);
-//! # Ok::<(), woracle::Error>(())
-//! ```
 
 use super::RESOLUTION;
 use super::comparison::number;
@@ -66,6 +57,15 @@ pub struct Rung {
 /// removing one more even power of h. The entry with the smallest error estimate wins: the distance to its
 /// neighbours plus the rounding that `central` reports, which the extrapolation makes half as large again (it at
 /// most doubles it, but errors at different steps are independent), and no less than smaller steps contradict it by.
+///
+/// ```
+/// use woracle::gradcheck::{Estimate, ladder};
+/// let central = |h: f64| Ok(Estimate { value: ((1.0 + h).exp() - (1.0 - h).exp()) / (2.0 * h), uncertainty: 1e-15 / h });
+/// let estimate = ladder(central, 0.125, 10)?;
+/// assert!((estimate.value - 1f64.exp()).abs() <= estimate.uncertainty);
+/// assert!(estimate.uncertainty < 1e-12);
+/// # Ok::<(), woracle::Error>(())
+/// ```
 ///
 /// # Errors
 ///

@@ -16,10 +16,36 @@ use std::collections::{BTreeMap, BTreeSet};
 /// A differentiable function of named arrays with a backward derived by hand: what [`gradcheck`] checks.
 ///
 /// What is not differentiated, such as ids or a mask, is a field of the function and no input.
+///
+/// ```
+/// use ndarray::{ArrayD, array};
+/// use woracle::{Dual, DualTensors, Real, Result, case::Tensors};
+/// use woracle::gradcheck::{Function, Options, Witness, gradcheck};
+/// /// Written once for f64 and for dual numbers.
+/// fn reciprocal<R: Real>(x: &ArrayD<R>) -> ArrayD<R> {
+///     x.mapv(|x| R::constant(1.0) / x)
+/// }
+/// struct Reciprocal;
+/// impl Function for Reciprocal {
+///     fn name(&self) -> &str { "reciprocal" }
+///     fn forward(&self, inputs: &Tensors) -> Result<ArrayD<f64>> { Ok(reciprocal(&inputs["x"])) }
+///     fn backward(&self, inputs: &Tensors, dy: &ArrayD<f64>) -> Result<Tensors> {
+///         Ok(Tensors::from([("x".to_string(), -dy / inputs["x"].mapv(|x| x * x))]))
+///     }
+///     fn forward_dual(&self, inputs: &DualTensors) -> Result<Option<ArrayD<Dual>>> {
+///         Ok(Some(reciprocal(&inputs["x"])))
+///     }
+/// }
+/// let inputs = Tensors::from([("x".to_string(), array![0.5, -2.0].into_dyn())]);
+/// let report = gradcheck(&Reciprocal, &inputs, Options::default());
+/// assert!(report.agrees());
+/// assert!(report.tensor("grad.x").unwrap().witness(Witness::Duals).is_some());
+/// # Ok::<(), woracle::Error>(())
+/// ```
 pub trait Function: Sync {
     /// What the report calls it.
     fn name(&self) -> &str;
-    /// y.
+    /// y, in a shape that is always the same.
     ///
     /// # Errors
     ///
@@ -31,7 +57,7 @@ pub trait Function: Sync {
     ///
     /// Inputs that do not fit.
     fn backward(&self, inputs: &Tensors, dy: &ArrayD<f64>) -> Result<Tensors>;
-    /// The same forward on dual numbers, where it is written for them: the second witness.
+    /// The same forward on dual numbers, y in the same shape, where it is written for them: the second witness.
     ///
     /// # Errors
     ///

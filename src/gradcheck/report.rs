@@ -9,6 +9,23 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// What was found for one case or function.
+///
+/// ```
+/// use woracle::gradcheck::{Options, Verdict, Witness, check};
+/// use woracle::registry;
+/// let linear = registry::layer("linear")?;
+/// let report = check(linear, &linear.draw(&linear.specs()[0], 1), Options::default());
+/// let db = report.tensor("grad.lora_B").expect("B is learned");
+/// assert_eq!((db.verdict, db.witnesses.len()), (Verdict::Agree, 4)); // identities speak of no single tensor
+/// let duals = db.witness(Witness::Duals).expect("the definition runs on dual numbers");
+/// assert_eq!(duals.elements, 18); // B [6, 3], one by one
+/// assert!(duals.worst.error <= duals.worst.budget);
+/// assert!(report.identities.iter().all(|identity| identity.error <= identity.budget));
+/// assert!(report.laws.iter().any(|law| law.name == "two runs give the same bits" && law.holds));
+/// assert!(!report.contradicts(Witness::Differences));
+/// println!("{}", db.worst.as_ref().expect("elements")); // the number that comes closest to its budget
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, Serialize)]
 pub struct CaseReport {
     /// The case or the function.

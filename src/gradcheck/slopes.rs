@@ -1,14 +1,4 @@
 //! Gradients element by element, as every witness of slopes sees them: for whoever wants to look and not only to know.
-//!
-//! ```
-//! use woracle::{gradcheck::slopes, registry};
-//! let linear = registry::layer("linear")?;
-//! let case = linear.draw(&linear.specs()[0], 0);
-//! let all = slopes(linear, &case)?;
-//! let dalpha = all.iter().find(|one| one.tensor == "lora_wora_alpha").unwrap();
-//! assert!((dalpha.elements[0].ours - dalpha.elements[0].dual).abs() < 1e-12);
-//! # Ok::<(), woracle::Error>(())
-//! ```
 
 use super::comparison::{Place, Testimony, Witness};
 use super::differences::Rung;
@@ -31,7 +21,7 @@ pub struct Slopes {
 /// One element of a gradient.
 #[derive(Clone, Debug, Serialize)]
 pub struct Slope {
-    /// Where it is.
+    /// Where it is: one number an axis of the tensor.
     pub index: Vec<usize>,
     /// By the backward under test.
     pub ours: f64,
@@ -45,6 +35,16 @@ pub struct Slope {
 
 /// Every element of every gradient of a case, by hand, by differences and by dual numbers. Where the norm is detached,
 /// the differences are those of the surrogate.
+///
+/// ```
+/// use woracle::{gradcheck::slopes, registry};
+/// let linear = registry::layer("linear")?;
+/// let case = linear.draw(&linear.specs()[0], 0);
+/// let all = slopes(linear, &case)?;
+/// let dalpha = all.iter().find(|one| one.tensor == "lora_wora_alpha").unwrap();
+/// assert!((dalpha.elements[0].ours - dalpha.elements[0].dual).abs() < 1e-12);
+/// # Ok::<(), woracle::Error>(())
+/// ```
 ///
 /// # Errors
 ///
@@ -79,13 +79,27 @@ fn of_tensor(survey: &Survey<'_>, tensor: &str, ours: &Tensors) -> Result<Slopes
 }
 
 /// One element's central differences at many steps, and what better ways make of the same slope.
+///
+/// ```
+/// use woracle::{gradcheck::curve, registry};
+/// let linear = registry::layer("linear")?;
+/// let case = linear.draw(&linear.specs()[0], 0);
+/// let curve = curve(linear, &case, "lora_wora_alpha", 0)?;
+/// let error = |at: usize| (curve.steps[at].value - curve.dual).abs();
+/// let last = curve.steps.len() - 1;
+/// let best = (0..=last).min_by(|&one, &other| error(one).total_cmp(&error(other))).unwrap();
+/// assert!(error(0) > 100.0 * error(best)); // a large step: truncation
+/// assert!(error(last) > 100.0 * error(best)); // a small one: rounding
+/// assert!((curve.ladder - curve.dual).abs() <= curve.uncertainty);
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, Serialize)]
 pub struct Curve {
     /// The case.
     pub case: String,
     /// The tensor.
     pub tensor: String,
-    /// The element.
+    /// The element: one number an axis of the tensor.
     pub index: Vec<usize>,
     /// By the backward under test.
     pub ours: f64,

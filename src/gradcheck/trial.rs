@@ -16,6 +16,16 @@ use serde::{Serialize, Serializer};
 use std::collections::BTreeMap;
 
 /// What became of a mistake in one layer.
+///
+/// ```
+/// use woracle::gradcheck::{Witness, try_mistake};
+/// use woracle::mistakes::mistake;
+/// let trial = try_mistake(mistake("bias-scaled")?, "linear", 0)?; // y has g b where b should be
+/// assert_eq!((trial.case, trial.tried), (Some("linear-plain"), 1)); // seen in the first case
+/// assert!(trial.killed_by.contains(&Witness::Definition));
+/// assert!(!trial.killed_by.contains(&Witness::F32)); // which makes the same mistake
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, Serialize)]
 pub struct Trial {
     /// The mistake's id.

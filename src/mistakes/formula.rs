@@ -4,6 +4,16 @@
 //! the definition does.
 
 /// Which way every stage of the forward takes.
+///
+/// ```
+/// use woracle::mistakes::{Bias, Formula, NormOf, RIGHT, mistake};
+/// let norm = Formula { norm_of: NormOf::Base, ..RIGHT };
+/// assert_eq!(mistake("norm-of-base")?.forward, norm);
+/// let bias = Formula { bias: Bias::Scaled, ..RIGHT };
+/// assert_eq!(norm.and(&bias), Some(Formula { bias: Bias::Scaled, ..norm })); // both at once
+/// assert_eq!(norm.and(&Formula { norm_of: NormOf::Delta, ..RIGHT }), None); // n is of one thing or the other
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Formula {
     /// s. E8

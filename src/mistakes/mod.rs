@@ -10,6 +10,23 @@
 //! println!("{}", mistake("norm-of-base")?.wrong);
 //! # Ok::<(), woracle::Error>(())
 //! ```
+//!
+//! What one of them comes to in a case:
+//!
+//! ```
+//! use woracle::{mistakes::{mistake, of_layer}, registry};
+//! let norm = mistake("norm-of-base")?;
+//! assert!(norm.is_in_forward() && !norm.is_in_backward()); // the gradients of a wrong y
+//! assert!(of_layer("linear").any(|one| one.id == norm.id));
+//! let linear = registry::layer("linear")?;
+//! let case = linear.draw(&linear.specs()[0], 0);
+//! let right = linear.define(&case)?;
+//! let wrong = registry::mistaken(linear, &[norm], &case)?.expect("it can be made in any case");
+//! let distance = |name: &str| (&right[name] - &wrong[name]).iter().fold(0.0_f64, |most, d| most.max(d.abs()));
+//! assert!(distance("weighted") < 1e-14); // V is right
+//! assert!(distance("weight_norm") > 0.1 && distance("y") > 0.1); // n is not, and so y
+//! # Ok::<(), woracle::Error>(())
+//! ```
 
 mod bank;
 mod blocks;
@@ -51,6 +68,16 @@ pub struct Mistake {
 }
 
 /// The gradients of a mistake.
+///
+/// ```
+/// use woracle::mistakes::{Backward, Formula, Parameter, Path, RIGHT, mistake};
+/// let detached = mistake("norm-detached")?;
+/// assert!(!detached.is_in_forward()); // the right y, and the gradients of another function
+/// let other = Formula { norm_gradient: Path::Held, ..RIGHT };
+/// assert!(matches!(detached.backward, Backward::Of(function, _) if function == other));
+/// assert_eq!(Parameter::LoraA.name(["lora_embedding_A", "lora_embedding_B"]), "lora_embedding_A");
+/// # Ok::<(), woracle::Error>(())
+/// ```
 pub enum Backward {
     /// Those of its forward.
     OfForward,
@@ -107,8 +134,20 @@ impl Parameter {
 pub type TracedForward = Box<dyn Fn(&TracedTensors) -> Result<FormulaResults> + Send + Sync>;
 
 /// What a formula computes.
+///
+/// ```
+/// use woracle::{Real, mistakes::RIGHT, registry, traced::TracedTensors};
+/// let linear = registry::layer("linear")?;
+/// let case = linear.draw(&linear.specs()[0], 0);
+/// let formula = linear.formula(&RIGHT, &case)?.expect("nothing asks for other shapes");
+/// let results = formula(&TracedTensors::new())?; // in the place of no tensor
+/// let right = linear.define(&case)?;
+/// assert!(results.y.iter().zip(&right["y"]).all(|(y, right)| (y.value() - right).abs() < 1e-13));
+/// assert_eq!(results.stages["gain"].shape(), [6]); // one a unit
+/// # Ok::<(), woracle::Error>(())
+/// ```
 pub struct FormulaResults {
-    /// The output.
+    /// The output, in the shape of the case's y.
     pub y: ArrayD<Traced>,
     /// `weighted`, `weight_norm`, `gain` and `merged_weight`, as in a case file.
     pub stages: BTreeMap<&'static str, ArrayD<f64>>,

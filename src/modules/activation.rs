@@ -32,6 +32,16 @@ fn times<T: Scalar>(dy: ArrayD<T>, kept: &ArrayD<T>, slope: impl Fn(T) -> T + Sy
 }
 
 /// PyTorch's `nn.ReLU`: `y = max(x, 0)`, of any shape.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::modules::{Module, Pass, Relu, Signal};
+/// let x = Signal::Values(array![-1.0, 2.0].into_dyn());
+/// let (y, backward) = Relu {}.forward(x, &Pass::evaluation())?;
+/// assert_eq!(y, array![0.0, 2.0].into_dyn());
+/// assert_eq!(backward(array![10.0, 10.0].into_dyn())?.x.unwrap(), array![0.0, 10.0].into_dyn()); // E82
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Relu {}
@@ -69,6 +79,18 @@ pub enum Approximate {
 }
 
 /// PyTorch's `nn.GELU`, of any shape.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::modules::{Approximate, GeluSettings, Module, Pass, Signal};
+/// let value = |approximate| -> woracle::Result<f64> {
+///     let gelu = GeluSettings { approximate };
+///     Ok(gelu.forward(Signal::Values(array![1.0].into_dyn()), &Pass::evaluation())?.0[0])
+/// };
+/// assert!((value(Approximate::None)? - 0.8413447460685429).abs() < 1e-15); // Phi(1)
+/// assert!((value(Approximate::Tanh)? - 0.841191990608276).abs() < 1e-15);
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct GeluSettings {
@@ -157,6 +179,15 @@ impl Described for GeluSettings {
 }
 
 /// PyTorch's `nn.Tanh`, of any shape.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::modules::{Module, Pass, Signal, Tanh};
+/// let (y, backward) = Tanh {}.forward(Signal::Values(array![0.0].into_dyn()), &Pass::evaluation())?;
+/// assert_eq!(y[0], 0.0);
+/// assert_eq!(backward(array![10.0].into_dyn())?.x.unwrap()[0], 10.0); // dx = dy (1 - y^2)
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Tanh {}

@@ -10,6 +10,22 @@ use serde::{Deserialize, Serialize};
 
 /// Self-attention: x `[batch, length, embed_dim]`, projections `q_proj`, `k_proj`, `v_proj` and `out_proj` of
 /// `[embed_dim, embed_dim]` each, which an adapter can be put on.
+///
+/// ```
+/// use ndarray::{Axis, array};
+/// use woracle::modules::{Pass, Settings, Signal};
+/// let settings = r#"{"type": "self_attention", "embed_dim": 4, "num_heads": 2, "causal": true}"#;
+/// let settings: Settings = serde_json::from_str(settings).unwrap();
+/// let attention = settings.build::<f64>(&mut rand::SeedableRng::seed_from_u64(0))?;
+/// let run = |second: f64| -> woracle::Result<_> {
+///     let x = array![[[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, second]]].into_dyn(); // [batch, length, embed_dim]
+///     Ok(attention.forward(Signal::Values(x), &Pass::evaluation())?.0.index_axis_move(Axis(0), 0)) // one sample
+/// };
+/// let (one, other) = (run(8.0)?, run(-8.0)?);
+/// assert_eq!(one.index_axis(Axis(0), 0), other.index_axis(Axis(0), 0)); // the first place sees nothing after it
+/// assert_ne!(one.index_axis(Axis(0), 1), other.index_axis(Axis(0), 1));
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SelfAttentionSettings {

@@ -7,6 +7,18 @@ use rand_pcg::Pcg64;
 use serde::{Deserialize, Serialize};
 
 /// PyTorch's `nn.Dropout`, of any shape. What is dropped depends on the run's seed, the step and the module's name.
+///
+/// ```
+/// use ndarray::ArrayD;
+/// use woracle::modules::{DropoutSettings, Module, Pass, Signal};
+/// let dropout = DropoutSettings { p: 0.75 };
+/// let run = |pass: &Pass<'_, f64>| dropout.forward(Signal::Values(ArrayD::ones(vec![1000])), pass).map(|(y, _)| y);
+/// let trained = run(&Pass::training(1))?;
+/// assert!(trained.iter().all(|&y| y == 0.0 || y == 4.0)); // kept with probability 1 / 4, four times as large
+/// assert!((trained.sum() / 1000.0 - 1.0).abs() < 0.2);
+/// assert_eq!(run(&Pass::evaluation())?, ArrayD::<f64>::ones(vec![1000]));
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DropoutSettings {

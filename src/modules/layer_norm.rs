@@ -9,6 +9,17 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 /// PyTorch's `nn.LayerNorm` over the last axis: x `[..., features]`.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::modules::{Described, LayerNormSettings, Pass, Signal};
+/// let norm = LayerNormSettings { features: 2, eps: 0.0 };
+/// let module = norm.build::<f64>(&mut rand::SeedableRng::seed_from_u64(0))?; // weight 1, bias 0
+/// let x = array![[1.0, 3.0], [10.0, 50.0]].into_dyn(); // means 2 and 30, deviations 1 and 20
+/// let (y, _) = module.forward(Signal::Values(x), &Pass::evaluation())?;
+/// assert_eq!(y, array![[-1.0, 1.0], [-1.0, 1.0]].into_dyn());
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerNormSettings {

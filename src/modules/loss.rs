@@ -16,6 +16,19 @@ pub enum Targets<E> {
 }
 
 /// A loss, the mean over all that is said.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::modules::{Loss, Targets};
+/// let scores = array![[0.0, 0.0]].into_dyn(); // [rows, classes]
+/// let (loss, gradient) = Loss::CrossEntropy.evaluate(scores, &Targets::Classes(array![1].into_dyn()))?;
+/// assert_eq!(loss, 2f64.ln()); // one of two
+/// assert_eq!(gradient, array![[0.5, -0.5]].into_dyn()); // the softmax less the class
+/// let (loss, gradient) =
+///     Loss::MeanSquaredError.evaluate(array![1.0, 3.0].into_dyn(), &Targets::Values(array![1.0, 1.0].into_dyn()))?;
+/// assert_eq!((loss, gradient), (2.0, array![0.0, 2.0].into_dyn()));
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Loss {
@@ -29,7 +42,7 @@ pub enum Loss {
 const ROWS: usize = 64;
 
 impl Loss {
-    /// The loss of an output, and its gradient with respect to it.
+    /// The loss of an output, and its gradient with respect to it, in the output's shape.
     ///
     /// # Errors
     ///

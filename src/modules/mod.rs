@@ -46,7 +46,7 @@ use crate::{Real, Result, Scalar};
 use ndarray::{ArrayD, ArrayViewD, ArrayViewMutD};
 use rand_pcg::Pcg64;
 
-/// What goes into a module: values, or ids that are looked up.
+/// What goes into a module: values, or ids that are looked up, in the shape that the module documents.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Signal<E> {
     /// Values.
@@ -64,7 +64,7 @@ impl<E> Signal<E> {
         }
     }
 
-    /// The values.
+    /// The values, in their shape.
     ///
     /// # Errors
     ///
@@ -82,20 +82,21 @@ impl<E> Signal<E> {
 
 /// The gradients of one backward.
 pub struct Back<T> {
-    /// dx; `None` for ids, or where nothing before the module is trained.
+    /// dx, in the shape of x; `None` for ids, or where nothing before the module is trained.
     pub x: Option<ArrayD<T>>,
     /// The gradients of what is trained, by its name within the module.
     pub parameters: Vec<(String, ArrayD<T>)>,
 }
 
 impl<T> Back<T> {
-    /// Of a module that has nothing to train.
+    /// Of a module that has nothing to train: dx, in the shape of x.
     pub fn of_input(x: ArrayD<T>) -> Self {
         Self { x: Some(x), parameters: Vec::new() }
     }
 }
 
-/// What is to be done with the cotangent of a module's output: once, as it consumes what the forward kept.
+/// What is to be done with the cotangent of a module's output, in the output's shape: once, as it consumes what the
+/// forward kept.
 pub type Backward<'m, T> = Box<dyn FnOnce(ArrayD<T>) -> Result<Back<T>> + 'm>;
 
 /// A forward's output, and its backward.
@@ -112,6 +113,29 @@ pub struct Parameter<'m, T> {
 }
 
 /// A part of a model.
+///
+/// A module of your own has a forward that hands out its backward; whatever has neither parts nor parameters needs no
+/// more:
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::modules::{Back, Forward, Module, Pass, Signal};
+/// use woracle::{Result, Scalar};
+/// struct Square;
+/// impl<T: Scalar> Module<T> for Square {
+///     fn forward<'m>(&'m self, x: Signal<T>, _: &Pass<'m, T>) -> Result<Forward<'m, T>> {
+///         let x = x.values()?;
+///         let y = &x * &x;
+///         Ok((y, Box::new(move |dy| Ok(Back::of_input((&x + &x) * dy)))))
+///     }
+/// }
+/// let module: &dyn Module<f64> = &Square;
+/// let (y, backward) = module.forward(Signal::Values(array![[3.0, -1.0]].into_dyn()), &Pass::evaluation())?;
+/// assert_eq!(y, array![[9.0, 1.0]].into_dyn());
+/// assert_eq!(backward(array![[1.0, 10.0]].into_dyn())?.x.unwrap(), array![[6.0, -20.0]].into_dyn());
+/// assert!(!module.is_trained() && module.parameters().is_empty());
+/// # Ok::<(), woracle::Error>(())
+/// ```
 pub trait Module<T: Scalar>: Send + Sync {
     /// y, and the backward.
     ///
@@ -169,6 +193,21 @@ pub trait Module<T: Scalar>: Send + Sync {
 pub type Find<'a, R> = &'a dyn Fn(&str) -> ArrayD<R>;
 
 /// What a configuration says of a module: what builds it, and the definition of what it computes.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::{Dual, Real};
+/// use woracle::modules::{Described, LinearMap, Signal};
+/// let linear = LinearMap { in_features: 2, out_features: 1, bias: false };
+/// let weight = array![[3.0, 4.0]].into_dyn(); // [out, in]
+/// let parameters = |name: &str| {
+///     assert_eq!(name, "weight");
+///     weight.mapv(Dual::constant)
+/// };
+/// let x = array![[Dual::new(1.0, 1.0), Dual::new(2.0, 0.0)]].into_dyn(); // the first feature moves
+/// let y = linear.define(Signal::Values(x), &parameters);
+/// assert_eq!((y[[0, 0]].re, y[[0, 0]].eps), (11.0, 3.0)); // y, and its derivative
+/// ```
 pub trait Described: Sized {
     /// The module with fresh parameters.
     ///
@@ -176,7 +215,12 @@ pub trait Described: Sized {
     ///
     /// A setting out of range (C4).
     fn build<T: Scalar>(&self, rng: &mut Pcg64) -> Result<Box<dyn Module<T>>>;
-    /// The definition, in plain loops and on any number: y of an input that fits, with these parameters.
+    /// The definition, in plain loops and on any number: y of an input that fits, with these parameters; shapes are
+    /// those of the module.
+    ///
+    /// # Panics
+    ///
+    /// Where the module's forward has an error.
     fn define<R: Real>(&self, x: Signal<R>, parameters: Find<'_, R>) -> ArrayD<R>;
 }
 

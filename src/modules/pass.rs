@@ -11,6 +11,30 @@ use rand_pcg::Pcg64;
 pub type Watch<'w, T> = &'w (dyn Fn(&str, ArrayViewD<'_, T>) + Sync);
 
 /// One run through a model, or the part of it that a module sees.
+///
+/// ```
+/// use ndarray::array;
+/// use std::sync::Mutex;
+/// use woracle::modules::{Module, Named, Pass, Sequential, Signal};
+/// let modules = r#"[{"type": "relu"}, {"name": "drop", "type": "dropout", "p": 0.5}]"#;
+/// let modules: Vec<Named> = serde_json::from_str(modules).unwrap();
+/// let model = Sequential::<f64>::build(&modules, &mut rand::SeedableRng::seed_from_u64(0))?;
+/// let seen = Mutex::new(Vec::new());
+/// let watch = |name: &str, y: ndarray::ArrayViewD<'_, f64>| seen.lock().unwrap().push((name.to_string(), y.sum()));
+/// let x = || Signal::Values(array![[-1.0, 3.0]].into_dyn());
+/// model.forward(x(), &Pass::evaluation().watched(&watch))?;
+/// let relu_and_drop = [("0".to_string(), 3.0), ("drop".to_string(), 3.0)]; // a module without a name has a number
+/// assert!(relu_and_drop.iter().all(|output| seen.lock().unwrap().contains(output)));
+///
+/// // What is dropped depends on the seed and on the module's name, and on nothing else.
+/// let pass = Pass::<f64>::training(7);
+/// let mask = pass.inside("drop").mask(&[100], 0.5).expect("it is a step of training");
+/// assert!(mask.iter().all(|&k| k == 0.0 || k == 2.0));
+/// assert_eq!(pass.inside("drop").mask(&[100], 0.5).unwrap(), mask);
+/// assert_ne!(pass.inside("other").mask(&[100], 0.5).unwrap(), mask);
+/// assert!(Pass::<f64>::evaluation().mask(&[100], 0.5).is_none());
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Pass<'p, T> {
     /// What dropout is drawn from; `None` where nothing is dropped.
@@ -106,7 +130,7 @@ impl<'p, T: Scalar> Pass<'p, T> {
         }
     }
 
-    /// 0 with probability p, `1 / (1 - p)` otherwise; `None` where nothing is dropped. E103
+    /// A mask of this shape: 0 with probability p, `1 / (1 - p)` otherwise; `None` where nothing is dropped. E103
     pub fn mask(&self, shape: &[usize], p: f64) -> Option<ArrayD<T>> {
         use rand_pcg::rand_core::Rng;
         let seed = self.dropout.filter(|_| p > 0.0)?;

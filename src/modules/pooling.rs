@@ -10,6 +10,19 @@ use serde::{Deserialize, Serialize};
 
 /// PyTorch's `nn.MaxPool1d` (N = 1) and `nn.MaxPool2d` (N = 2): x `[batch, channels, size...]`. Of equal ones the first
 /// is the largest.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::modules::{MaxPooling, Module, Pass, Signal};
+/// use woracle::operators::Extents;
+/// let pooling = MaxPooling::<2> { kernel_size: Extents::All(2), stride: None, padding: None, dilation: None };
+/// let x = array![[[[1.0, 2.0, 5.0, 3.0], [4.0, 0.0, 5.0, 1.0]]]].into_dyn(); // [batch, channels, height, width]
+/// let (y, backward) = pooling.forward(Signal::Values(x), &Pass::evaluation())?;
+/// assert_eq!(y, array![[[[4.0, 5.0]]]].into_dyn());
+/// let dx = backward(array![[[[10.0, 20.0]]]].into_dyn())?.x.unwrap();
+/// assert_eq!(dx, array![[[[0.0, 0.0, 20.0, 0.0], [10.0, 0.0, 0.0, 0.0]]]].into_dyn()); // the first of two equal ones
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MaxPooling<const N: usize> {
@@ -26,7 +39,19 @@ pub struct MaxPooling<const N: usize> {
     pub dilation: Option<Extents>,
 }
 
-/// PyTorch's `nn.AvgPool1d` (N = 1) and `nn.AvgPool2d` (N = 2): x `[batch, channels, size...]`. Padding counts as zeros.
+/// PyTorch's `nn.AvgPool1d` (N = 1) and `nn.AvgPool2d` (N = 2): x `[batch, channels, size...]`. Padding counts as
+/// zeros.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::modules::{AveragePooling, Module, Pass, Signal};
+/// use woracle::operators::Extents;
+/// let pooling = AveragePooling::<1> { kernel_size: Extents::All(2), stride: None, padding: Some(Extents::All(1)) };
+/// let x = array![[[4.0, 6.0, 8.0, 2.0]]].into_dyn(); // [batch, channels, size]
+/// let (y, _) = pooling.forward(Signal::Values(x), &Pass::evaluation())?;
+/// assert_eq!(y, array![[[2.0, 7.0, 1.0]]].into_dyn()); // (0 + 4) / 2, ...
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AveragePooling<const N: usize> {

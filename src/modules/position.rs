@@ -9,6 +9,21 @@ use rand_pcg::Pcg64;
 use serde::{Deserialize, Serialize};
 
 /// `y = x + P`: x `[batch, length, embedding_dim]`, P `[max_length, embedding_dim]`, as many rows of it as x is long.
+///
+/// ```
+/// use ndarray::ArrayD;
+/// use woracle::modules::{Described, Pass, PositionEmbeddingSettings, Signal};
+/// let settings = PositionEmbeddingSettings { max_length: 3, embedding_dim: 2 };
+/// let positions = settings.build::<f64>(&mut rand::SeedableRng::seed_from_u64(0))?;
+/// let x = |length| Signal::Values(ArrayD::zeros(vec![4, length, 2]));
+/// let (y, backward) = positions.forward(x(2), &Pass::evaluation())?;
+/// let table = positions.parameters().remove(0).values.to_owned(); // [max_length, embedding_dim]
+/// assert_eq!(y[[3, 1, 0]], table[[1, 0]]);
+/// let gradient = backward(ArrayD::ones(vec![4, 2, 2]))?.parameters.remove(0).1;
+/// assert_eq!((gradient[[1, 0]], gradient[[2, 0]]), (4.0, 0.0)); // the sum over the batch; the third place is not used
+/// assert!(positions.forward(x(4), &Pass::evaluation()).is_err()); // C1
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PositionEmbeddingSettings {

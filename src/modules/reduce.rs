@@ -7,6 +7,16 @@ use rand_pcg::Pcg64;
 use serde::{Deserialize, Serialize};
 
 /// The mean over one axis, which is gone afterwards: PyTorch's `x.mean(dim)`.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::modules::{MeanSettings, Module, Pass, Signal};
+/// let x = array![[1.0, 3.0], [10.0, 30.0]].into_dyn();
+/// let (y, backward) = MeanSettings { dim: -1 }.forward(Signal::Values(x), &Pass::evaluation())?;
+/// assert_eq!(y, array![2.0, 20.0].into_dyn());
+/// assert_eq!(backward(array![1.0, 2.0].into_dyn())?.x.unwrap(), array![[0.5, 0.5], [1.0, 1.0]].into_dyn());
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MeanSettings {
@@ -54,6 +64,16 @@ impl Described for MeanSettings {
 }
 
 /// Some axes made one: PyTorch's `nn.Flatten`.
+///
+/// ```
+/// use ndarray::ArrayD;
+/// use woracle::modules::{FlattenSettings, Module, Pass, Signal};
+/// let flatten = FlattenSettings::default(); // all axes but the first, which counts samples
+/// let (y, backward) = flatten.forward(Signal::Values(ArrayD::<f64>::zeros(vec![2, 3, 4])), &Pass::evaluation())?;
+/// assert_eq!(y.shape(), [2, 12]);
+/// assert_eq!(backward(y)?.x.unwrap().shape(), [2, 3, 4]);
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct FlattenSettings {

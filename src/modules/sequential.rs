@@ -18,6 +18,28 @@ pub struct Named {
 }
 
 /// Modules one after the other: PyTorch's `nn.Sequential`, with names.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::modules::{Module, Named, Pass, Sequential, Signal};
+/// let modules: Vec<Named> = serde_json::from_str(
+///     r#"[
+///         {"name": "fc", "type": "linear", "in_features": 2, "out_features": 3},
+///         {"type": "relu"},
+///         {"type": "mean", "dim": 1}
+///     ]"#,
+/// )
+/// .unwrap();
+/// let mut model = Sequential::<f64>::build(&modules, &mut rand::SeedableRng::seed_from_u64(0))?;
+/// let (y, backward) = model.forward(Signal::Values(array![[1.0, 2.0]].into_dyn()), &Pass::evaluation())?;
+/// assert_eq!(y.shape(), [1]);
+/// let gradients = backward(array![1.0].into_dyn())?.parameters;
+/// let names: Vec<&str> = gradients.iter().map(|(name, _)| name.as_str()).collect();
+/// assert_eq!(names, ["fc.weight", "fc.bias"]); // as in PyTorch's state_dict
+/// model.freeze();
+/// assert!(!model.is_trained() && model.parameters().len() == 2);
+/// # Ok::<(), woracle::Error>(())
+/// ```
 pub struct Sequential<T> {
     modules: Vec<(String, Box<dyn Module<T>>)>,
 }
@@ -89,6 +111,17 @@ impl<T: Scalar> Module<T> for Sequential<T> {
 }
 
 /// `y = x + f(x)`, f being modules one after the other whose output has the shape of their input.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::modules::{Pass, Settings, Signal};
+/// let residual: Settings = serde_json::from_str(r#"{"type": "residual", "modules": [{"type": "relu"}]}"#).unwrap();
+/// let module = residual.build::<f64>(&mut rand::SeedableRng::seed_from_u64(0))?;
+/// let (y, backward) = module.forward(Signal::Values(array![-3.0, 3.0].into_dyn()), &Pass::evaluation())?;
+/// assert_eq!(y, array![-3.0, 6.0].into_dyn());
+/// assert_eq!(backward(array![1.0, 1.0].into_dyn())?.x.unwrap(), array![1.0, 2.0].into_dyn()); // both ways add up
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ResidualSettings {

@@ -14,6 +14,16 @@ use serde::{Deserialize, Serialize};
 macro_rules! modules {
     ($($name:literal $variant:ident($settings:ty),)*) => {
         /// A module as a configuration has it.
+        ///
+        /// ```
+        /// use woracle::modules::{LinearMap, Settings};
+        /// let settings: Settings =
+        ///     serde_json::from_str(r#"{"type": "linear", "in_features": 2, "out_features": 3}"#).unwrap();
+        /// assert_eq!(settings, Settings::Linear(LinearMap { in_features: 2, out_features: 3, bias: true }));
+        /// assert!(Settings::TYPES.contains(&"self_attention"));
+        /// let empty = Settings::Linear(LinearMap { in_features: 0, out_features: 3, bias: true });
+        /// assert!(empty.build::<f32>(&mut rand::SeedableRng::seed_from_u64(0)).is_err()); // C4
+        /// ```
         #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
         #[serde(tag = "type")]
         pub enum Settings {
@@ -39,7 +49,11 @@ macro_rules! modules {
                 }
             }
 
-            /// The definition: y of an input that fits, in plain loops on any number.
+            /// The definition: y of an input that fits, in plain loops on any number; shapes are those of the module.
+            ///
+            /// # Panics
+            ///
+            /// Where the module's forward has an error.
             pub fn define<R: Real>(&self, x: Signal<R>, parameters: Find<'_, R>) -> ArrayD<R> {
                 match self {
                     $(Self::$variant(settings) => settings.define(x, parameters),)*

@@ -28,6 +28,29 @@ pub struct Adapting {
 }
 
 /// A layer that an adapter can be put on.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::modules::{Adapting, Pass, Settings, Signal};
+/// use woracle::wora::{Config, LoraInit, Method};
+/// let mut rng = rand::SeedableRng::seed_from_u64(0);
+/// let settings: Settings =
+///     serde_json::from_str(r#"{"type": "linear", "in_features": 3, "out_features": 2}"#).unwrap();
+/// let mut linear = settings.build::<f64>(&mut rng)?;
+/// let x = || Signal::Values(array![[1.0, 2.0, 3.0]].into_dyn());
+/// let before = linear.forward(x(), &Pass::evaluation())?.0;
+/// let config = Config::new(Method::Dora, 2.0);
+/// let adapting = Adapting { config, rank: 1, init: LoraInit::default(), dropout: 0.0 };
+/// for (_, layer) in linear.layers_mut() {
+///     layer.adapt(&adapting, &mut rng)?;
+///     assert_eq!(layer.adapter().expect("an adapter").0.rank(), 1);
+/// }
+/// let trained: usize = linear.parameters().iter().filter(|one| one.trained).map(|one| one.values.len()).sum();
+/// assert_eq!(trained, 3 + 2 + 2); // A, B, m; weight and bias are frozen
+/// let after = linear.forward(x(), &Pass::evaluation())?.0;
+/// assert!((after - before).iter().all(|difference| difference.abs() < 1e-15)); // B is zero
+/// # Ok::<(), woracle::Error>(())
+/// ```
 pub trait Adaptable<T: Scalar> {
     /// Puts an adapter on it; its weight and bias are frozen from now on.
     ///
@@ -284,6 +307,18 @@ fn define<O: Operator, R: Real>(operator: &O, x: Signal<R>, bias: bool, paramete
 }
 
 /// PyTorch's `nn.Linear`: x `[..., in_features]`.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::modules::{Described, LinearMap, Signal};
+/// let linear = LinearMap { in_features: 2, out_features: 1, bias: true };
+/// let parameters = |name: &str| match name {
+///     "weight" => array![[3.0, 4.0]].into_dyn(), // [out_features, in_features]
+///     _ => array![0.5].into_dyn(), // [out_features]
+/// };
+/// let y = linear.define(Signal::Values(array![[1.0, 2.0]].into_dyn()), &parameters);
+/// assert_eq!(y, array![[11.5]].into_dyn());
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LinearMap {
@@ -314,6 +349,18 @@ impl Described for LinearMap {
 }
 
 /// PyTorch's `nn.Embedding`: ids `[...]`, y `[..., embedding_dim]`.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::modules::{Described, EmbeddingTable, Pass, Signal};
+/// let table = EmbeddingTable { num_embeddings: 3, embedding_dim: 2, padding_idx: Some(0), embed_scale: None };
+/// let module = table.build::<f64>(&mut rand::SeedableRng::seed_from_u64(0))?;
+/// let (_, backward) = module.forward(Signal::Ids(array![0, 2, 2].into_dyn()), &Pass::evaluation())?;
+/// let dweight = backward(array![[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]].into_dyn())?.parameters.remove(0).1;
+/// assert_eq!(dweight, array![[0.0, 0.0], [0.0, 0.0], [2.0, 2.0]].into_dyn()); // [num_embeddings, embedding_dim]
+/// assert!(module.forward(Signal::Ids(array![3].into_dyn()), &Pass::evaluation()).is_err()); // C9
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EmbeddingTable {
@@ -349,6 +396,18 @@ impl Described for EmbeddingTable {
 }
 
 /// PyTorch's `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`: x `[batch, in_channels, size...]`.
+///
+/// ```
+/// use ndarray::ArrayD;
+/// use woracle::modules::{ConvolutionSettings, Described, Pass, Signal};
+/// let settings: ConvolutionSettings<2> =
+///     serde_json::from_str(r#"{"in_channels": 1, "out_channels": 4, "kernel_size": 3, "padding": "same"}"#).unwrap();
+/// let module = settings.build::<f32>(&mut rand::SeedableRng::seed_from_u64(0))?;
+/// let (y, _) = module.forward(Signal::Values(ArrayD::zeros(vec![2, 1, 8, 8])), &Pass::evaluation())?;
+/// assert_eq!(y.shape(), [2, 4, 8, 8]); // [batch, out_channels, size...]
+/// assert_eq!(module.parameters()[0].values.shape(), [4, 1, 3, 3]); // [out_channels, in_channels / groups, kernel...]
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConvolutionSettings<const N: usize> {

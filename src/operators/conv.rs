@@ -1,17 +1,5 @@
 //! Convolution in one, two or three dimensions: `y[n, u, p] = sum_ck W[u, c k] x[n, c, source(p, k)]`.
 //! SPEC.md, section 3.4.
-//!
-//! ```
-//! use ndarray::{Array, array};
-//! use woracle::operators::{Conv1d, ConvSettings, Operator};
-//! let settings: ConvSettings = serde_json::from_str(r#"{"stride": 2, "padding": 1}"#).unwrap();
-//! let conv = Conv1d::from_weight_shape(settings, &[1, 1, 3])?; // [out, in / groups, kernel]
-//! let x = array![[[1.0, 2.0, 3.0, 4.0]]].into_dyn(); // [batch, in, size]
-//! let weight = array![[1.0, 10.0, 100.0]]; // [units, fan_in]
-//! let y = conv.apply(&x.into(), &[weight.view()]); // one [1, 1, 2]
-//! assert_eq!(y[0].iter().copied().collect::<Vec<_>>(), [210.0, 432.0]);
-//! # Ok::<(), woracle::Error>(())
-//! ```
 
 use super::unfold::{Geometry, PaddingMode, Windows};
 use super::{Operator, Term, in_standard_layout};
@@ -25,6 +13,22 @@ use serde::{Deserialize, Serialize};
 /// PyTorch's `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` without their bias: x `[batch, in, size...]` or
 /// `[in, size...]`, y `[batch, out, size...]` or `[out, size...]`.
 #[doc = include_str!("../../docs/conv.md")]
+///
+/// ```
+/// use ndarray::{Array, array};
+/// use woracle::operators::{Conv2d, Conv3d, ConvSettings, Operator};
+/// let settings = ConvSettings::default();
+/// let conv = Conv2d::from_weight_shape(settings.clone(), &[1, 1, 2, 2])?; // [out, in / groups, height, width]
+/// assert_eq!((conv.units(), conv.fan_in(), conv.kernel_size), (1, 4, [2, 2]));
+/// let image = array![[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]];
+/// let x = image.into_shape_with_order((1, 1, 2, 3)).unwrap().into_dyn(); // [batch, in, height, width]
+/// let y = conv.apply(&x.into(), &[array![[1.0, 0.0, 0.0, 1.0]].view()]).remove(0); // the diagonal of each window
+/// assert_eq!(y, array![[[6.0, 8.0]]]); // [outer, units, inner]: 1 x 2 pixels
+/// let volumes = Conv3d::from_weight_shape(settings, &[8, 4, 3, 3, 3])?;
+/// let x = Array::<f64, _>::zeros((2, 4, 5, 6, 7)).into_dyn().into();
+/// assert_eq!(volumes.output_shape(&x)?, [2, 8, 3, 4, 5]);
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Conv<const N: usize> {
     /// Channels of the input.
@@ -33,19 +37,31 @@ pub struct Conv<const N: usize> {
     pub out_channels: usize,
     /// The kernel's extent along each axis.
     pub kernel_size: [usize; N],
-    /// The step of the output along each axis.
+    /// The step of the output along each axis: 1 or more.
     pub stride: [usize; N],
-    /// Padding before and after along each axis.
+    /// Padding before and after along each axis, in elements of the input.
     pub padding: [(usize, usize); N],
-    /// The step within the kernel along each axis.
+    /// The step within the kernel along each axis: 1 or more.
     pub dilation: [usize; N],
-    /// Output channels of group q see the input channels of group q only.
+    /// Output channels of group q see the input channels of group q only: a divisor of both, and of the rank (C3).
     pub groups: usize,
     /// How the padding is filled.
     pub padding_mode: PaddingMode,
 }
 
 /// Convolution along one axis.
+///
+/// ```
+/// use ndarray::{Array, array};
+/// use woracle::operators::{Conv1d, ConvSettings, Operator};
+/// let settings: ConvSettings = serde_json::from_str(r#"{"stride": 2, "padding": 1}"#).unwrap();
+/// let conv = Conv1d::from_weight_shape(settings, &[1, 1, 3])?; // [out, in / groups, kernel]
+/// let x = array![[[1.0, 2.0, 3.0, 4.0]]].into_dyn(); // [batch, in, size]
+/// let weight = array![[1.0, 10.0, 100.0]]; // [units, fan_in]
+/// let y = conv.apply(&x.into(), &[weight.view()]); // one [1, 1, 2]
+/// assert_eq!(y[0].iter().copied().collect::<Vec<_>>(), [210.0, 432.0]);
+/// # Ok::<(), woracle::Error>(())
+/// ```
 pub type Conv1d = Conv<1>;
 /// Convolution along two axes.
 pub type Conv2d = Conv<2>;
@@ -83,6 +99,24 @@ pub enum PaddingWord {
 }
 
 /// What a case file says of a convolution beside the shapes of its tensors.
+///
+/// PyTorch's words, and its defaults where nothing is said:
+///
+/// ```
+/// use ndarray::Array;
+/// use woracle::operators::{Conv2d, ConvSettings, Extents, Operator, Padding, PaddingMode, PaddingWord};
+/// let settings: ConvSettings =
+///     serde_json::from_str(r#"{"padding": "same", "padding_mode": "reflect", "dilation": [1, 2]}"#).unwrap();
+/// assert_eq!(settings.padding, Padding::Word(PaddingWord::Same));
+/// assert_eq!(settings.dilation, Extents::Each(vec![1, 2])); // one an axis
+/// assert_eq!(settings.stride, Extents::All(1)); // the same along every axis
+/// assert_eq!(settings.padding_mode, PaddingMode::Reflect);
+/// let conv = Conv2d::from_weight_shape(settings, &[1, 1, 3, 2])?;
+/// assert_eq!(conv.padding, [(1, 1), (1, 1)]); // D (K - 1) elements, half of them before
+/// let x = Array::<f64, _>::zeros((1, 1, 5, 5)).into_dyn().into();
+/// assert_eq!(conv.output_shape(&x)?, [1, 1, 5, 5]); // the same
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ConvSettings {

@@ -1,14 +1,4 @@
 //! Embedding: `y[n, u] = embed_scale W[u, ids[n]]`, a row of the stored table an id. SPEC.md, section 3.3.
-//!
-//! ```
-//! use ndarray::array;
-//! use woracle::operators::{Embedding, Ids, Operator};
-//! let embedding = Embedding { embed_scale: 2.0, ..Embedding::new(3, 2) };
-//! let table = array![[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]; // [num_embeddings, embedding_dim]
-//! let ids = Ids::new(&array![2_u8, 0].into_dyn());
-//! let y = embedding.apply(&ids, &[table.t()]); // one [2, 2, 1]
-//! assert_eq!(y[0].iter().copied().collect::<Vec<_>>(), [10.0, 12.0, 2.0, 4.0]);
-//! ```
 
 use super::{Input, Operator, Term, in_standard_layout};
 use crate::{Error, Result, Scalar};
@@ -19,6 +9,16 @@ use serde::{Deserialize, Serialize};
 
 /// PyTorch's `nn.Embedding`: ids of any shape, y `[..., embedding_dim]`.
 #[doc = include_str!("../../docs/embedding.md")]
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::operators::{Embedding, Ids, Operator};
+/// let embedding = Embedding { embed_scale: 2.0, ..Embedding::new(3, 2) };
+/// let table = array![[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]; // [num_embeddings, embedding_dim]
+/// let ids = Ids::new(&array![2_u8, 0].into_dyn());
+/// let y = embedding.apply(&ids, &[table.t()]); // one [2, 2, 1]
+/// assert_eq!(y[0].iter().copied().collect::<Vec<_>>(), [10.0, 12.0, 2.0, 4.0]);
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Embedding {
     /// Rows of the stored table: ids are below it.
@@ -63,6 +63,19 @@ impl Embedding {
 }
 
 /// What a case file says of an embedding beside the shapes of its tensors.
+///
+/// ```
+/// use woracle::operators::{Embedding, EmbeddingSettings, Ids, Operator};
+/// use ndarray::array;
+/// let settings = EmbeddingSettings { padding_idx: Some(0), scale_grad_by_freq: true, ..Default::default() };
+/// let embedding = Embedding::from_weight_shape(settings, &[3, 2])?; // [num_embeddings, embedding_dim]
+/// let ids = Ids::new(&array![0_i64, 1, 1].into_dyn());
+/// let fraction = embedding.gradient_fraction::<f64>(&ids).unwrap();
+/// assert_eq!(fraction, [0.0, 0.5, 1.0]); // none of the padding row's, half of each of two
+/// let renormalising = EmbeddingSettings { max_norm: Some(1.0), ..Default::default() };
+/// assert!(Embedding::from_weight_shape(renormalising, &[3, 2]).is_err()); // it would rewrite the table
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct EmbeddingSettings {
@@ -81,7 +94,8 @@ pub struct EmbeddingSettings {
 pub struct Ids(ArrayD<i64>);
 
 impl Ids {
-    /// Ids from integers of any type that fits i64.
+    /// Ids from integers of any type that fits i64, in the shape of the array. Whether an embedding has them is asked
+    /// by [`Operator::output_shape`] (C9).
     pub fn new<I: Copy + Into<i64>>(ids: &ArrayD<I>) -> Self {
         Self(ids.mapv(Into::into))
     }

@@ -1,14 +1,4 @@
 //! Linear: `y[n, u] = sum_j W[u, j] x[n, j]`. SPEC.md, section 3.1.
-//!
-//! ```
-//! use ndarray::array;
-//! use woracle::operators::{Linear, Operator};
-//! let linear = Linear { in_features: 3, out_features: 2, fan_in_fan_out: false };
-//! let x = array![[1.0, 2.0, 3.0]].into_dyn(); // [1, 3]
-//! let weight = array![[1.0, 0.0, -1.0], [2.0, 1.0, 0.0]]; // [2, 3]
-//! let y = linear.apply(&x.into(), &[weight.view()]); // one [1, 2, 1]
-//! assert_eq!(y[0].iter().copied().collect::<Vec<_>>(), [-2.0, 4.0]);
-//! ```
 
 use super::{Input, Operator, Term, in_standard_layout};
 use crate::matmul::{Accumulate, product_into};
@@ -21,6 +11,16 @@ use serde::{Deserialize, Serialize};
 
 /// PyTorch's `nn.Linear` without its bias: x `[..., in_features]`, y `[..., out_features]`.
 #[doc = include_str!("../../docs/linear.md")]
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::operators::{Linear, Operator};
+/// let linear = Linear { in_features: 3, out_features: 2, fan_in_fan_out: false };
+/// let x = array![[1.0, 2.0, 3.0]].into_dyn(); // [1, 3]
+/// let weight = array![[1.0, 0.0, -1.0], [2.0, 1.0, 0.0]]; // [2, 3]
+/// let y = linear.apply(&x.into(), &[weight.view()]); // one [1, 2, 1]
+/// assert_eq!(y[0].iter().copied().collect::<Vec<_>>(), [-2.0, 4.0]);
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Linear {
     /// Columns of the weight.
@@ -32,6 +32,14 @@ pub struct Linear {
 }
 
 /// What a case file says of a linear layer beside the shapes of its tensors.
+///
+/// ```
+/// use woracle::operators::{Linear, LinearSettings, Operator};
+/// let conv1d_of_gpt2 = Linear::from_weight_shape(LinearSettings { fan_in_fan_out: true }, &[3, 2])?;
+/// assert_eq!((conv1d_of_gpt2.in_features, conv1d_of_gpt2.out_features), (3, 2));
+/// assert_eq!(conv1d_of_gpt2.lora_shapes(1), [[1, 3], [2, 1]]); // A and B are as ever
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LinearSettings {
     /// The weight is stored `[in_features, out_features]`.

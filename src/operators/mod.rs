@@ -3,6 +3,29 @@
 //! An operator knows nothing of adapters. It sees every weight as a matrix `[units, fan_in]`, one row
 //! an output unit, and every output as `[outer, units, inner]`: a linear layer's rows are `outer`, a
 //! convolution's images are `outer` and its pixels `inner`. SPEC.md, section 3.
+//!
+//! The two adjoints are found in an operator's terms, and `<dy, op(x, W)> = <dx, x> = <dW, W>` holds for every one:
+//!
+//! ```
+//! use ndarray::array;
+//! use woracle::operators::{Linear, LinearSettings, Operator};
+//! let linear = Linear::from_weight_shape(LinearSettings::default(), &[2, 3])?; // stored [out, in]
+//! assert_eq!((linear.units(), linear.fan_in()), (2, 3));
+//! assert_eq!(linear.lora_shapes(1), [vec![1, 3], vec![2, 1]]); // A [rank, in], B [out, rank]
+//! let x = array![[1.0, 2.0, 3.0]].into_dyn().into();
+//! let weight = array![[1.0, 0.0, -1.0], [2.0, 1.0, 0.0]];
+//! let dy = array![[[10.0], [1.0]]]; // [outer, units, inner]
+//!
+//! let y = linear.apply(&x, &[weight.view()]).remove(0); // [[-2, 4]]
+//! let dx = linear.adjoint_input(&x, &[(dy.view(), weight.view())]).unwrap();
+//! let dweight = linear.adjoint_weight(&x, dy.view());
+//! assert_eq!(dx, array![[12.0, 1.0, -10.0]].into_dyn()); // dy W
+//! assert_eq!(dweight, array![[10.0, 20.0, 30.0], [1.0, 2.0, 3.0]]); // dy^T x
+//! assert_eq!((&dy * &y).sum(), -16.0);
+//! assert_eq!((&dx * &x).sum(), -16.0);
+//! assert_eq!((&dweight * &weight).sum(), -16.0);
+//! # Ok::<(), woracle::Error>(())
+//! ```
 
 mod channels;
 mod conv;
@@ -28,16 +51,28 @@ use ndarray::{
 };
 
 /// What an operator is applied to: floating-point values, or ids.
+///
+/// ```
+/// use ndarray::{ArrayD, CowArray, IxDyn, array};
+/// use woracle::operators::{Ids, Input};
+/// let ids: Ids = Input::<f64>::from_ids(array![2, 0].into_dyn()).unwrap();
+/// assert_eq!(Input::<f64>::ids(&ids).unwrap(), array![2, 0].into_dyn());
+/// assert!(Input::<f64>::values(&ids).is_none()); // so they have no gradient
+/// let values = array![1.0, 2.0].into_dyn();
+/// assert!(<Ids as Input<f64>>::from_values(values.clone()).is_none());
+/// let x: CowArray<'_, f64, IxDyn> = Input::from_values(values).unwrap(); // what linear and convolutions take
+/// assert_eq!(Input::<f64>::shape(&x), [2]);
+/// ```
 pub trait Input<T>: Clone + Send + Sync {
-    /// The values; `None` for ids, which have no gradient and take no mask.
+    /// The values, in the shape of the input; `None` for ids, which have no gradient and take no mask.
     fn values(&self) -> Option<ArrayViewD<'_, T>>;
-    /// The ids; `None` for values.
+    /// The ids, in the shape of the input; `None` for values.
     fn ids(&self) -> Option<ArrayViewD<'_, i64>> {
         None
     }
-    /// An input that holds these values; `None` where only ids will do.
+    /// An input that holds these values, in this shape; `None` where only ids will do.
     fn from_values(values: ArrayD<T>) -> Option<Self>;
-    /// An input that holds these ids; `None` where only values will do.
+    /// An input that holds these ids, in this shape; `None` where only values will do.
     fn from_ids(_ids: ArrayD<i64>) -> Option<Self> {
         None
     }
@@ -47,6 +82,28 @@ pub trait Input<T>: Clone + Send + Sync {
 
 /// A map that is linear in its input and in its weight. SPEC.md, E1.
 #[doc = include_str!("../../docs/operator.md")]
+///
+/// Maps and adjoints take for granted what [`Operator::output_shape`] checks, and panic where it would refuse the input
+/// or where weights and cotangents do not fit. What is written for any operator needs to be written once:
+///
+/// ```
+/// use ndarray::Array2;
+/// use woracle::operators::{Conv2d, ConvSettings, Linear, LinearSettings, Operator};
+/// /// How many numbers of rank r are learned beside a weight of this shape.
+/// fn lora_parameters<O: Operator>(settings: O::Settings, weight: &[usize], rank: usize) -> woracle::Result<usize> {
+///     let shapes = O::from_weight_shape(settings, weight)?.lora_shapes(rank);
+///     Ok(shapes.iter().map(|shape| shape.iter().product::<usize>()).sum())
+/// }
+/// assert_eq!(lora_parameters::<Linear>(LinearSettings::default(), &[6, 7], 2)?, 2 * 7 + 6 * 2);
+/// assert_eq!(lora_parameters::<Conv2d>(ConvSettings::default(), &[6, 7, 3, 3], 2)?, 2 * 7 * 9 + 6 * 2);
+///
+/// // Whatever the shape in which a weight is stored, it is seen as [units, fan_in].
+/// let conv = Conv2d::from_weight_shape(ConvSettings::default(), &[6, 7, 3, 3])?;
+/// let stored = conv.stored_weight(Array2::<f64>::zeros((conv.units(), conv.fan_in())));
+/// assert_eq!((conv.weight_matrix(stored.view()).dim(), stored.shape()), ((6, 63), &[6, 7, 3, 3][..]));
+/// assert_eq!(conv.unit_axis(4), 1); // of y [batch, out, height, width]
+/// # Ok::<(), woracle::Error>(())
+/// ```
 pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
     /// What it is applied to. The lifetime lets a caller lend the values instead of copying them.
     type Input<'x, T: Scalar>: Input<T>;
@@ -99,7 +156,8 @@ pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// If the operator cannot be applied to an input of this shape.
+    /// If the operator cannot be applied to an input of this shape (C1), to one of these ids (C9), or has no output for
+    /// it (C10).
     fn output_shape<T: Scalar>(&self, x: &Self::Input<'_, T>) -> Result<Vec<usize>>;
     /// How many outer and inner positions an output has.
     fn places<T: Scalar>(&self, x: &Self::Input<'_, T>) -> [usize; 2];
@@ -192,6 +250,17 @@ pub(crate) fn group_slice(q: usize, groups: usize, length: usize) -> Slice {
 }
 
 /// One term of the definition of an operator: `y[output] += factor * W[unit, column] * x[input]`.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::operators::{Linear, Operator, Term};
+/// let linear = Linear { in_features: 2, out_features: 1, fan_in_fan_out: false };
+/// let mut terms = Vec::new();
+/// linear.terms::<f64>(&array![[7.0, 8.0]].into_dyn().into(), |term| terms.push(term));
+/// // y[0] = W[0, 0] x[0] + W[0, 1] x[1]
+/// let term = |column| Term { output: 0, unit: 0, column, input: Some(column), factor: 1.0 };
+/// assert_eq!(terms, [term(0), term(1)]);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Term {
     /// Row-major index into y `[outer, units, inner]`.

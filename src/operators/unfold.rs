@@ -11,6 +11,24 @@ use std::ops::Range;
 pub(super) const TILE: usize = 512;
 
 /// How positions outside the input are filled. PyTorch's words.
+///
+/// Three numbers with one position of padding on either side, by every mode:
+///
+/// ```
+/// use ndarray::{Array2, array};
+/// use woracle::operators::{Conv1d, ConvSettings, Operator, PaddingMode};
+/// let padded = |padding_mode| -> woracle::Result<Vec<f64>> {
+///     let settings = ConvSettings { padding_mode, ..serde_json::from_str(r#"{"padding": 1}"#).unwrap() };
+///     let conv = Conv1d::from_weight_shape(settings, &[1, 1, 1])?; // a kernel of one shows the padded input itself
+///     let x = array![[[1.0, 2.0, 3.0]]].into_dyn().into();
+///     Ok(conv.apply(&x, &[Array2::ones((1, 1)).view()])[0].iter().copied().collect())
+/// };
+/// assert_eq!(padded(PaddingMode::Zeros)?, [0.0, 1.0, 2.0, 3.0, 0.0]);
+/// assert_eq!(padded(PaddingMode::Reflect)?, [2.0, 1.0, 2.0, 3.0, 2.0]);
+/// assert_eq!(padded(PaddingMode::Replicate)?, [1.0, 1.0, 2.0, 3.0, 3.0]);
+/// assert_eq!(padded(PaddingMode::Circular)?, [3.0, 1.0, 2.0, 3.0, 1.0]);
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PaddingMode {
@@ -262,7 +280,8 @@ impl<const N: usize> Windows<N> {
         self.axes.iter().all(plain)
     }
 
-    /// A cotangent moved to where each kernel position reads: `rows[u k, i] = sum over p with source(p, k) = i of dy[u, p]`.
+    /// A cotangent moved to where each kernel position reads: `rows[u k, i] = sum over p with source(p, k) = i of dy[u,
+    /// p]`.
     ///
     /// dy `[rows, positions]`; `rows` `[rows * kernel, inputs]` in standard layout. E74
     pub fn spread<T: Scalar>(&self, dy: ArrayView2<'_, T>, mut rows: ArrayViewMut2<'_, T>) {

@@ -27,6 +27,17 @@ pub const FORMAT: u64 = 1;
 pub const METADATA_KEY: &str = "wora_case";
 
 /// A case, and the types in which its file holds its numbers.
+///
+/// ```
+/// use woracle::oracle::{CaseFile, Dtype, case_file};
+/// use woracle::registry;
+/// let linear = registry::layer("linear")?;
+/// let case = linear.draw(&linear.specs()[0], 0);
+/// let file = CaseFile::rounded(case.clone(), Dtype::Bf16);
+/// assert_ne!(file.case, case); // 8 digits of 20
+/// assert_eq!(case_file::parse(&file.to_bytes(), "")?.case, file.case); // which lose nothing more
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct CaseFile {
     /// The case, its numbers as stored, exactly.

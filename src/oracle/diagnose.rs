@@ -24,8 +24,8 @@ use ndarray::{ArrayD, ArrayRef, IxDyn};
 use rayon::prelude::*;
 use serde::Serialize;
 
-/// Cases whose base weight has more elements than this are not recomputed under every mistake: differentiating one takes
-/// some 900 bytes an element.
+/// Cases whose base weight has more elements than this are not recomputed under every mistake: differentiating one
+/// takes some 900 bytes an element.
 pub const SMALL: usize = 1 << 22;
 /// Nor, above this, under pairs of mistakes.
 const SMALL_FOR_PAIRS: usize = 1 << 14;
@@ -89,6 +89,24 @@ pub fn diagnose(file: &CaseFile) -> Result<Diagnosis> {
 /// # Errors
 ///
 /// As [`verify`](super::verify::verify).
+///
+/// ```
+/// use ndarray::ArrayD;
+/// use woracle::case::Tensors;
+/// use woracle::oracle::{CaseFile, Dtype, diagnose::judge, verify::Tolerance};
+/// use woracle::registry;
+/// let linear = registry::layer("linear")?;
+/// let mut case = linear.draw(&linear.specs()[0], 0);
+/// let mut y = linear.define(&case)?.remove("y").unwrap();
+/// y[[2, 1]] += 1.0; // no mistake that anybody has a name for
+/// case.extend(Tensors::from([("y".to_string(), y)]));
+/// let (tensors, diagnosis) = judge(&CaseFile::new(case, Dtype::F64), Tolerance::default())?;
+/// assert_eq!((tensors[0].beyond, tensors[0].worst_index.as_slice()), (1, &[2, 1][..]));
+/// let diagnosis = diagnosis.expect("it fails");
+/// assert_eq!(diagnosis.first_diverging.as_deref(), Some("y"));
+/// assert!(diagnosis.candidates.is_empty());
+/// # Ok::<(), woracle::Error>(())
+/// ```
 pub fn judge(file: &CaseFile, tolerance: Tolerance) -> Result<(Vec<TensorVerdict>, Option<Diagnosis>)> {
     let expected = expected(file, tolerance)?;
     let tensors = expected.judge(file);
@@ -188,8 +206,8 @@ fn is_result(name: &str) -> bool {
     name == "y" || name.starts_with("grad.")
 }
 
-/// The largest error over its bound, and the sum of squares, of answers that should be `wrong`. Its bound is that of the
-/// right result, as much wider as the wrong one is larger.
+/// The largest error over its bound, and the sum of squares, of answers that should be `wrong`. Its bound is that of
+/// the right result, as much wider as the wrong one is larger.
 fn errors(actual: &ArrayRef<f64, IxDyn>, wrong: &ArrayD<f64>, right: &ArrayD<f64>, bound: &ArrayD<f64>) -> (f64, f64) {
     let size = |values: &ArrayD<f64>| {
         let finite = values.iter().filter(|value| value.is_finite());

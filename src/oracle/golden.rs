@@ -1,7 +1,7 @@
 //! Case files for others to check themselves by, and the manifest that says what is in each. SPEC.md, section 11.
 //!
-//! Answers come from the definition alone, in f64 and in a fixed order, rounded once at the end: the same seed gives the
-//! same bytes on every machine.
+//! Answers come from the definition alone, in f64 and in a fixed order, rounded once at the end: the same seed gives
+//! the same bytes on every machine.
 //!
 //! ```
 //! use woracle::oracle::golden::{Options, cases};
@@ -41,6 +41,18 @@ impl Default for Options {
 }
 
 /// What a directory of case files holds: `manifest.json`.
+///
+/// ```
+/// use woracle::oracle::golden::{Judged, Manifest, Options, cases};
+/// let options = Options::default();
+/// let all = cases("linear-exact", options)?;
+/// assert_eq!(all.names().next(), Some("linear-exact"));
+/// let entries = all.map(|case| Ok(case?.0)).collect::<woracle::Result<Vec<_>>>()?;
+/// let manifest = Manifest::new(options, entries);
+/// assert!(matches!(manifest.cases[0].tolerance, Judged::Exact)); // bit for bit
+/// assert!(manifest.to_json().contains(r#""file": "linear-exact.safetensors""#));
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, Serialize)]
 pub struct Manifest {
     /// The version of the case files and of this.

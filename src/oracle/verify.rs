@@ -56,6 +56,28 @@ pub struct Tolerance {
 }
 
 /// What is said of one answer. Numbers that are not finite are `null` in JSON.
+///
+/// ```
+/// use woracle::case::Tensors;
+/// use woracle::oracle::{CaseFile, Dtype};
+/// use woracle::oracle::verify::{STAGES, Tolerance, Verdict, first_diverging, verify};
+/// use woracle::registry;
+/// let linear = registry::layer("linear")?;
+/// let mut case = linear.draw(&linear.specs()[0], 0);
+/// let mut answers = linear.define(&case)?;
+/// answers.retain(|name, _| STAGES.contains(&name.as_str()));
+/// *answers.get_mut("gain").unwrap() *= 1.001;
+/// case.extend(answers);
+/// let file = CaseFile::new(case, Dtype::F64);
+/// let tensors = verify(&file, Tolerance::default())?;
+/// assert_eq!(first_diverging(&tensors), Some("gain")); // V and n are right
+/// let gain = tensors.iter().find(|tensor| tensor.name == "gain").unwrap();
+/// assert_eq!((gain.verdict, gain.beyond), (Verdict::Fail, 6)); // every unit's
+/// assert!((gain.max_rel_error - 0.001).abs() < 1e-12);
+/// let lenient = verify(&file, Tolerance { rtol: Some(0.01), atol: None })?;
+/// assert!(lenient.iter().all(|tensor| tensor.verdict == Verdict::Pass));
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, Serialize)]
 pub struct TensorVerdict {
     /// The name in the case file.

@@ -23,6 +23,19 @@ const LORA_BIAS: &str = "lora_B.bias";
 pub(super) const MAGNITUDE_OF_WORA: &str = "lora_magnitude_vector.weight";
 
 /// A trained adapter: its configuration, and its tensors by module.
+///
+/// ```
+/// use woracle::peft::Checkpoint;
+/// # let data = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/peft/text-wora-pr2872");
+/// let checkpoint = Checkpoint::open(&data.join("adapter"))?;
+/// assert!(checkpoint.is_embedding("embed") && !checkpoint.is_embedding("fc1"));
+/// let adapter = checkpoint.adapter("fc1")?;
+/// assert_eq!((adapter.lora_a.shape(), adapter.lora_b.shape()), (&[4, 16][..], &[20, 4][..]));
+/// assert_eq!(adapter.alpha.unwrap().ndim(), 0); // a learned scalar
+/// assert!(checkpoint.lora_bias("fc1")?.is_none() && checkpoint.replaced().is_empty());
+/// assert!(checkpoint.tensors_of_base().any(|name| name == "fc1.weight"));
+/// # Ok::<(), woracle::Error>(())
+/// ```
 pub struct Checkpoint {
     directory: PathBuf,
     config: AdapterConfig,
@@ -133,8 +146,8 @@ impl Checkpoint {
     ///
     /// # Errors
     ///
-    /// A module that the adapter does not have (C7); a tensor that cannot be read, or is not finite (C2); a scalar that is
-    /// none (C1).
+    /// A module that the adapter does not have (C7); a tensor that cannot be read, or is not finite (C2); a scalar that
+    /// is none (C1).
     pub fn adapter(&self, module: &str) -> Result<Adapter<f64>> {
         let missing = || Error::Missing { tensor: module.into(), expected: "a module of the adapter".into() };
         let tensors = self.modules.get(module).ok_or_else(missing)?; // C7
@@ -169,7 +182,7 @@ impl Checkpoint {
         Some([shape(a)?, shape(b)?])
     }
 
-    /// What B adds to a module's bias before it is multiplied by s; `None` where B has no bias.
+    /// What B adds to a module's bias before it is multiplied by s: `[out]`; `None` where B has no bias.
     ///
     /// # Errors
     ///

@@ -1,5 +1,18 @@
 //! Somebody's merged model against the oracle's: adapted weights as cases with one answer, which can be judged and
 //! diagnosed as all others, and everything else of it.
+//!
+//! ```
+//! use woracle::oracle::verify::{Tolerance, Verdict, verify};
+//! use woracle::peft::{Checkpoint, Model, compare};
+//! # let data = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/peft/text-dora");
+//! let adapter = Checkpoint::open(&data.join("adapter"))?;
+//! let base = Model::open(&data.join("model.safetensors"))?;
+//! let merged = Model::open(&data.join("merged.safetensors"))?; // by PEFT's `merge_and_unload`
+//! let verdicts = verify(&compare::case(&adapter, &base, &merged, "fc1")?, Tolerance::default())?;
+//! assert_eq!((verdicts[0].name.as_str(), verdicts[0].verdict), ("merged_weight", Verdict::Pass));
+//! assert!(compare::others(&adapter, &base, &merged)?.is_empty());
+//! # Ok::<(), woracle::Error>(())
+//! ```
 
 use super::checkpoint::Checkpoint;
 use super::merge::{planned, plans};

@@ -1,14 +1,4 @@
 //! `adapter_config.json`: what of it changes numbers is understood, the rest is kept and written back.
-//!
-//! ```
-//! use woracle::peft::AdapterConfig;
-//! let config = AdapterConfig::parse(
-//!     r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_wora": true, "rank_pattern": {"fc2": 2}}"#,
-//! )?;
-//! assert_eq!((config.rank("encoder.fc1"), config.rank("encoder.fc2")), (4, 2));
-//! assert_eq!(config.scaling("encoder.fc2")?, 4.0); // lora_alpha / rank
-//! # Ok::<(), woracle::Error>(())
-//! ```
 
 use crate::wora::{Method, scaling};
 use crate::{Error, Result};
@@ -47,6 +37,29 @@ const OF_NO_CONSEQUENCE: &[&str] = &[
 ];
 
 /// What `adapter_config.json` says.
+///
+/// ```
+/// use woracle::peft::AdapterConfig;
+/// let config = AdapterConfig::parse(
+///     r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_wora": true, "rank_pattern": {"fc2": 2}}"#,
+/// )?;
+/// assert_eq!((config.rank("encoder.fc1"), config.rank("encoder.fc2")), (4, 2));
+/// assert_eq!(config.scaling("encoder.fc2")?, 4.0); // lora_alpha / rank
+/// # Ok::<(), woracle::Error>(())
+/// ```
+///
+/// ```
+/// use woracle::peft::AdapterConfig;
+/// use woracle::wora::Method;
+/// let config = AdapterConfig::new(Method::Wora, 4, 8.0, &["q_proj", "v_proj"])?;
+/// assert_eq!((config.method(), config.target_modules().len()), (Method::Wora, 2));
+/// assert!(config.targets("model.layers.0.q_proj")? && !config.targets("model.layers.0.k_proj")?);
+/// assert_eq!(config.fields()["lora_alpha"], 8.0);
+/// assert!(config.warnings().is_empty());
+/// let same = AdapterConfig::parse(&config.to_json())?;
+/// assert_eq!(same.rank("model.layers.0.q_proj"), 4);
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct AdapterConfig {
     fields: Map<String, Value>,

@@ -11,6 +11,18 @@ use serde::Serialize;
 use std::ops::Range;
 
 /// One module.
+///
+/// What [`inspect`] says of `fc1` without the base, of which only A and B are known:
+///
+/// ```
+/// use woracle::peft::{Checkpoint, inspect};
+/// # let data = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/peft/text-dora");
+/// let reports = inspect(&Checkpoint::open(&data.join("adapter"))?, None)?;
+/// let fc1 = reports.iter().find(|report| report.module == "fc1").unwrap();
+/// assert_eq!(fc1.lora_shapes, [[4, 16], [20, 4]]); // A [rank, in], B [out, rank]
+/// assert!(fc1.delta_norm.is_some() && fc1.delta_over_base.is_none());
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, Serialize)]
 pub struct ModuleReport {
     /// Its name in the base model.
@@ -33,7 +45,8 @@ pub struct ModuleReport {
     pub beta: f64,
     /// The norm of `alpha s B A`; `None` where B does not multiply A, beside a grouped convolution.
     pub delta_norm: Option<f64>,
-    /// The effective rank of B A: the exponential of the entropy of its squared singular values, as parts of their sum. E80
+    /// The effective rank of B A: the exponential of the entropy of its squared singular values, as parts of their sum.
+    /// E80
     pub effective_rank: Option<f64>,
     /// `||alpha s B A|| / ||W0||`; `None` without a base or over zeros.
     pub delta_over_base: Option<f64>,
@@ -46,6 +59,22 @@ pub struct ModuleReport {
 }
 
 /// What an adapter does, and with a base what it does to it.
+///
+/// ```
+/// use woracle::peft::{Checkpoint, Model, inspect};
+/// # let data = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/peft/text-dora");
+/// let adapter = Checkpoint::open(&data.join("adapter"))?;
+/// let base = Model::open(&data.join("model.safetensors"))?;
+/// let reports = inspect(&adapter, Some(&base))?;
+/// let fc1 = reports.iter().find(|report| report.module == "fc1").unwrap();
+/// assert_eq!((fc1.rank, fc1.shape.as_deref()), (4, Some(&[20, 16][..])));
+/// assert!((1.0..=4.0).contains(&fc1.effective_rank.unwrap())); // E80: no more than the rank
+/// assert!(fc1.change_over_base.unwrap() > 0.0);
+/// let [smallest, largest] = fc1.gains.unwrap();
+/// assert!(smallest <= largest);
+/// assert!(inspect(&adapter, None)?.iter().all(|report| report.gains.is_none())); // norms need W0
+/// # Ok::<(), woracle::Error>(())
+/// ```
 ///
 /// # Errors
 ///

@@ -21,6 +21,27 @@ use std::path::Path;
 use std::sync::Mutex;
 
 /// How a model is merged.
+///
+/// ```
+/// use woracle::oracle::Dtype;
+/// use woracle::peft::{self, Change, Checkpoint, MergeOptions, Model};
+/// # let data = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/peft/linear-wora-pr2872");
+/// # let directory = tempfile::tempdir().expect("a temporary directory");
+/// let adapters = [Checkpoint::open(&data.join("adapter"))?];
+/// let base = Model::open(&data.join("model.safetensors"))?;
+/// assert!(peft::warnings(&base, &adapters)?.is_empty());
+/// let options = MergeOptions { dtype: Some(Dtype::Bf16), keep_base: true, ..Default::default() };
+/// let (out, back) = (directory.path().join("merged"), directory.path().join("base"));
+/// let changed = peft::merge(&base, &adapters, options, &out, &|_bytes| Ok(()))?;
+/// let fc1 = changed.iter().find(|changed| changed.tensor == "fc1.weight").unwrap();
+/// assert_eq!(fc1.change, Change::Merged);
+/// assert!(out.join(peft::RECORD_FILE).exists()); // what it takes to go back
+///
+/// peft::unmerge(&out, &adapters[0], &back, &|_| Ok(()))?;
+/// let weight = |model: &Model| Ok::<_, woracle::Error>(model.tensor("fc1.weight")?.0.values("fc1.weight")?.0);
+/// assert_eq!(weight(&Model::open(&back)?)?, weight(&base)?); // to the bit, as it was kept
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default)]
 pub struct MergeOptions {
     /// The type of every floating-point tensor; each its own where there is none.

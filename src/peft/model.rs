@@ -20,6 +20,21 @@ const TIED: [&[&str]; 2] =
 const WRAPPERS: &[&str] = &["model", "base_model", "transformer", "language_model", "bert", "roberta", "distilbert"];
 
 /// A model's weights, read a tensor at a time.
+///
+/// ```
+/// use woracle::peft::{Found, Model};
+/// # let data = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/peft/text-dora");
+/// let model = Model::open(&data.join("model.safetensors"))?;
+/// let (file, info) = model.tensor("fc1.weight")?;
+/// assert_eq!(info.shape, [20, 16]); // [out, in]
+/// assert_eq!(file.values("fc1.weight")?.0.shape(), [20, 16]);
+/// assert_eq!((model.shards().len(), model.place("fc1.weight"), model.directory()), (1, Some(0), None));
+/// // An adapter's names, which may begin otherwise than the model's.
+/// let naming = model.naming(&["base_model.fc1.weight".to_string(), "base_model.fc2.weight".to_string()])?;
+/// assert_eq!(naming.find("base_model.fc1.weight")?, Found::Itself("fc1.weight".into()));
+/// assert!(!naming.shared_with("fc1.weight"));
+/// # Ok::<(), woracle::Error>(())
+/// ```
 pub struct Model {
     /// The directory that has everything, where the model is not a file alone.
     directory: Option<PathBuf>,

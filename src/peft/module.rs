@@ -55,6 +55,21 @@ impl Kind {
 }
 
 /// An adapted weight: every kind is a matrix `[units, fan_in]` to merging.
+///
+/// ```
+/// use woracle::peft::{Checkpoint, Kind, Model, Module};
+/// use woracle::wora::ZeroNorm;
+/// # let data = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/peft/text-dora");
+/// let adapter = Checkpoint::open(&data.join("adapter"))?;
+/// let base = Model::open(&data.join("model.safetensors"))?;
+/// let conv = Module::new(&adapter, &base, "conv", ZeroNorm::Error)?;
+/// assert_eq!((conv.kind, conv.shape.as_slice(), conv.dim()), (Kind::Conv1d, &[16, 12, 3][..], (16, 36)));
+/// assert_eq!(conv.adapter.lora_a.shape(), [4, 36]); // every kind is a matrix
+/// let embed = Module::new(&adapter, &base, "embed", ZeroNorm::Error)?;
+/// assert_eq!((embed.kind, embed.dim()), (Kind::Embedding, (23, 12)));
+/// assert_eq!(embed.adapter.magnitude.as_ref().unwrap().shape(), [12]); // units are the table's columns
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Module {
     /// The module's name in the base model.
@@ -134,8 +149,8 @@ impl Module {
         (0..rows).step_by(most).map(|start| start..rows.min(start + most)).collect()
     }
 
-    /// The layer whose weight some rows are: `[rows, columns]`, as stored. Where units are columns it has a part of their
-    /// weights, and elsewhere some of the units.
+    /// The layer whose weight some rows are: `[rows, columns]`, as stored. Where units are columns it has a part of
+    /// their weights, and elsewhere some of the units.
     ///
     /// # Errors
     ///

@@ -19,8 +19,8 @@ use std::path::Path;
 ///
 /// # Errors
 ///
-/// A module that the adapter does not have or a weight that the base does not have (C7); shapes that do not fit (C1); a B
-/// with a bias, which no layer here has: it can be merged.
+/// A module that the adapter does not have or a weight that the base does not have (C7); shapes that do not fit (C1); a
+/// B with a bias, which no layer here has: it can be merged.
 pub fn load<O: Operator, T: Scalar>(
     checkpoint: &Checkpoint,
     model: &Model,
@@ -72,6 +72,28 @@ pub fn load<O: Operator, T: Scalar>(
 ///
 /// A rank that is not the configuration's (C3), a configuration with a bias of B, a number that the type does not hold
 /// (C2), a directory that has something in it or cannot be written.
+///
+/// ```
+/// use ndarray::array;
+/// use std::collections::BTreeMap;
+/// use woracle::oracle::Dtype;
+/// use woracle::peft::{AdapterConfig, Checkpoint, save};
+/// use woracle::wora::{Adapter, Method};
+/// # let directory = tempfile::tempdir().expect("a temporary directory");
+/// let adapter = Adapter {
+///     lora_a: array![[1.0, 2.0, 3.0]].into_dyn(), // [rank, in]
+///     lora_b: array![[4.0], [5.0]].into_dyn(), // [out, rank]
+///     magnitude: Some(array![6.0, 7.0].into_dyn()), // [out]
+///     alpha: None,
+///     beta: None,
+/// };
+/// let config = AdapterConfig::new(Method::Dora, 1, 2.0, &["fc"])?;
+/// let modules = BTreeMap::from([("fc".to_string(), (adapter.clone(), false))]);
+/// let out = directory.path().join("adapter");
+/// save(&out, &config, &modules, Dtype::F32)?; // for `PeftModel.from_pretrained`
+/// assert_eq!(Checkpoint::open(&out)?.adapter("fc")?, adapter);
+/// # Ok::<(), woracle::Error>(())
+/// ```
 pub fn save(
     directory: &Path,
     config: &AdapterConfig,

@@ -9,6 +9,25 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 /// The `[adapter]` table: PEFT's words, and WoRA's.
+///
+/// ```
+/// use woracle::train::AdapterTable;
+/// use woracle::wora::Method;
+/// let table: AdapterTable = toml::from_str(
+///     r#"
+///     method = "wora"
+///     rank = 4
+///     lora_alpha = 8.0
+///     target_modules = ["fc"]
+///     rank_pattern = { "head.fc" = 2 }
+///     "#,
+/// )
+/// .unwrap();
+/// let peft = table.to_peft()?;
+/// assert_eq!((peft.method(), peft.rank("body.fc"), peft.rank("head.fc")), (Method::Wora, 4, 2));
+/// assert_eq!(peft.scaling("head.fc")?, 4.0); // lora_alpha / rank
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AdapterTable {

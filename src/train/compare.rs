@@ -1,4 +1,16 @@
 //! The same model adapted in five ways, over several seeds.
+//!
+//! ```no_run
+//! use std::path::Path;
+//! use woracle::train::{Unwatched, compare::{WAYS, compare}, read};
+//! let config = read(Path::new("examples/digits-mlp.toml"))?;
+//! let ways = compare(&config, Path::new("runs/compare"), &Unwatched)?; // takes minutes, and writes files
+//! assert_eq!(ways.len(), WAYS.len());
+//! for way in ways {
+//!     println!("{}: {} {:.2} of {} numbers", way.way, way.metric, way.mean, way.parameters);
+//! }
+//! # Ok::<(), woracle::Error>(())
+//! ```
 
 use super::config::ReadConfig;
 use super::curves::comparison;

@@ -1,26 +1,4 @@
 //! The configuration of a run, as a TOML file has it.
-//!
-//! ```toml
-//! seed = 0
-//! [data]
-//! format = "digits"
-//! [model]
-//! modules = [{ type = "flatten" }, { name = "fc", type = "linear", in_features = 64, out_features = 10 }]
-//! [pretrain]
-//! epochs = 5
-//! batch_size = 32
-//! optimiser = { type = "adamw", learning_rate = 1e-3 }
-//! [adapt]
-//! epochs = 5
-//! batch_size = 32
-//! optimiser = { type = "adamw", learning_rate = 1e-2 }
-//! data = { format = "digits", transform = "rotate90" }
-//! [adapter]
-//! method = "wora"
-//! rank = 4
-//! lora_alpha = 8.0
-//! target_modules = ["fc"]
-//! ```
 
 use super::data::DataConfig;
 use super::place::{Misfit, at};
@@ -35,6 +13,28 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 /// A run: data, a model, how it is trained, how it is adapted.
+///
+/// ```toml
+/// seed = 0
+/// [data]
+/// format = "digits"
+/// [model]
+/// modules = [{ type = "flatten" }, { name = "fc", type = "linear", in_features = 64, out_features = 10 }]
+/// [pretrain]
+/// epochs = 5
+/// batch_size = 32
+/// optimiser = { type = "adamw", learning_rate = 1e-3 }
+/// [adapt]
+/// epochs = 5
+/// batch_size = 32
+/// optimiser = { type = "adamw", learning_rate = 1e-2 }
+/// data = { format = "digits", transform = "rotate90" }
+/// [adapter]
+/// method = "wora"
+/// rank = 4
+/// lora_alpha = 8.0
+/// target_modules = ["fc"]
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -166,6 +166,37 @@ impl Default for CompareTable {
 }
 
 /// A configuration, and where it was read.
+///
+/// ```
+/// use woracle::train::{Monitor, read};
+/// # let directory = tempfile::tempdir().expect("a temporary directory");
+/// # let path = directory.path().join("run.toml");
+/// let text = r#"
+/// seed = 3
+/// data = { format = "digits", scale = 0.0625 }
+/// split = { test = 0.2 }
+/// model = { modules = [{ type = "flatten" }, { name = "fc", type = "linear", in_features = 64, out_features = 10 }] }
+///
+/// [pretrain]
+/// epochs = 5
+/// batch_size = 32
+/// optimiser = { type = "adamw", learning_rate = 1e-3 }
+/// monitor = "accuracy"
+/// "#;
+/// std::fs::write(&path, text).expect("a file");
+/// let mut read_config = read(&path)?;
+/// assert_eq!((read_config.config.seed, read_config.config.split.test), (3, 0.2));
+/// let stage = read_config.config.pretrain.as_ref().unwrap();
+/// assert_eq!((stage.epochs, stage.accumulate, stage.monitor), (Some(5), 1, Monitor::Accuracy));
+/// assert_eq!(read_config.directory(), directory.path()); // what paths are relative to
+/// read_config.set_seed(4);
+/// assert_eq!(read_config.config.seed, 4);
+///
+/// std::fs::write(&path, text.replace("batch_size", "batchsize")).expect("a file");
+/// let error = read(&path).err().unwrap().to_string();
+/// assert!(error.contains("batchsize"), "{error}"); // a key that there is not, and its line
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct ReadConfig {
     /// What it says.
@@ -180,7 +211,8 @@ pub struct ReadConfig {
 ///
 /// # Errors
 ///
-/// A file that cannot be read or is no TOML; a key that there is not; a value that does not fit (C4): each with its line.
+/// A file that cannot be read or is no TOML; a key that there is not; a value that does not fit (C4): each with its
+/// line.
 pub fn read(path: &Path) -> Result<ReadConfig> {
     let text = std::fs::read_to_string(path).map_err(|error| Error::io(path, &error))?;
     parse(path, text)

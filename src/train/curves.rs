@@ -15,6 +15,15 @@ pub(crate) type Named = (String, Points);
 
 /// A picture of a run as SVG: the training loss, the validation metric, and alpha and beta of every adapted module. Steps
 /// of one stage follow those of the other.
+///
+/// ```
+/// use woracle::train::{Record, curves};
+/// let step = |step: usize, loss| Record::Step {
+///     stage: "pretrain".into(), step, epoch: 0, loss, rate: 1.0, gradient_norm: 1.0, seconds: 0.01,
+/// };
+/// let svg = curves(&[step(1, 2.0), step(2, 1.5), step(3, 1.25)]);
+/// assert!(svg.starts_with("<svg") && svg.contains("polyline"));
+/// ```
 pub fn curves(records: &[Record]) -> String {
     let (metric, validations) = validations(records);
     let panel = |title: &str, unit: &str, curves: Vec<Named>| {

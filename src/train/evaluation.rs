@@ -11,6 +11,25 @@ use std::fmt;
 const SAMPLES: usize = 128;
 
 /// What a model makes of some samples.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::modules::Named;
+/// use woracle::train::data::{Dataset, Features, Targets};
+/// use woracle::train::{Evaluation, Model, Prepared};
+/// let modules: Vec<Named> = serde_json::from_str(r#"[{"type": "tanh"}]"#).unwrap();
+/// let model = Model::<f64>::new(&modules, 0)?;
+/// let samples = Dataset {
+///     features: Features::Values(array![[0.0, 0.0], [0.0, 0.0]].into_dyn()), // scores of two classes, as it happens
+///     targets: Targets::Classes(array![0, 1].into_dyn()),
+///     classes: Some(2),
+///     blocks: vec![0, 1],
+/// };
+/// let evaluation = Evaluation::of(&model, &Prepared::new(samples, None)?, &[0, 1])?;
+/// assert_eq!((evaluation.loss, evaluation.accuracy), (2f64.ln(), Some(0.5))); // the first of equal scores counts
+/// assert_eq!(evaluation.headline().1, 50.0); // the accuracy in percent
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// The mean loss.

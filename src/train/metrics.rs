@@ -12,6 +12,14 @@ use std::path::{Path, PathBuf};
 pub const METRICS_FILE: &str = "metrics.jsonl";
 
 /// A line of the file. All but `seconds` is the same in every run of the same configuration.
+///
+/// ```
+/// use woracle::train::Record;
+/// let line = r#"{"stage":"adapt","step":1,"epoch":0,"loss":0.5,"rate":1.0,"gradient_norm":2.0,"seconds":0.01}"#;
+/// let record: Record = serde_json::from_str(line).unwrap();
+/// assert!(matches!(&record, Record::Step { step: 1, loss, .. } if *loss == 0.5));
+/// assert_eq!(serde_json::to_string(&record).unwrap(), line);
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Record {

@@ -33,6 +33,24 @@ pub struct Model<T> {
     modules: Sequential<T>,
 }
 
+/// ```
+/// use woracle::train::{AdapterTable, Model};
+/// # let modules: Vec<woracle::modules::Named> =
+/// #     serde_json::from_str(r#"[{"name": "fc", "type": "linear", "in_features": 2, "out_features": 3}]"#).unwrap();
+/// let mut model = Model::<f64>::new(&modules, 7)?; // fc: linear from 2 to 3
+/// assert_eq!(model.count_trained(), 2 * 3 + 3);
+/// let table: AdapterTable =
+///     toml::from_str("method = 'wora'\nrank = 1\nlora_alpha = 2.0\ntarget_modules = ['fc']").unwrap();
+/// assert_eq!(model.adapt(&table, 7)?, 1); // one layer
+/// assert_eq!(model.count_trained(), 2 + 3 + 3 + 1 + 1); // A, B, m, alpha, beta
+/// assert_eq!(model.adapters()["fc"].0.rank(), 1);
+/// let mut trained = model.trained();
+/// assert_eq!(trained.len(), model.parameters_mut().len());
+/// trained.values_mut().for_each(|values| values.fill(0.5));
+/// model.set_trained(&trained)?;
+/// assert_eq!(model.adapters()["fc"].0.alpha.as_ref().unwrap()[[]], 0.5);
+/// # Ok::<(), woracle::Error>(())
+/// ```
 impl<T: Scalar> Model<T> {
     /// A model with fresh weights, all of them trained.
     ///
@@ -63,7 +81,7 @@ impl<T: Scalar> Model<T> {
         self.modules.parameters_mut()
     }
 
-    /// The values of everything that is trained.
+    /// The values of everything that is trained, by name and in their shapes.
     pub fn trained(&self) -> BTreeMap<String, ArrayD<T>> {
         let trained = self.parameters().into_iter().filter(|parameter| parameter.trained);
         trained.map(|parameter| (parameter.name, parameter.values.to_owned())).collect()

@@ -8,6 +8,18 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// The learning rates of a kind of parameter, where they are not that of all.
+///
+/// ```
+/// use woracle::train::{OptimiserTable, Rates};
+/// let table: OptimiserTable = toml::from_str(
+///     "type = 'adamw'\nlearning_rate = 1e-3\nlearning_rates = { lora_b = 1.6e-2, alpha_beta = 1e-4 }", // as LoRA+
+/// )
+/// .unwrap();
+/// let OptimiserTable::AdamW(adamw) = table else { panic!("AdamW") };
+/// assert_eq!((adamw.learning_rates.lora_b, adamw.learning_rates.lora_a), (Some(1.6e-2), None)); // A has that of all
+/// assert_eq!(adamw.betas, [0.9, 0.999]);
+/// # let _: Rates = adamw.learning_rates;
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Rates {
@@ -196,7 +208,8 @@ impl<T: Scalar> Optimiser<T> {
         &self.memory
     }
 
-    /// Moves every parameter against its gradient; `factor` multiplies all learning rates.
+    /// Moves every parameter against its gradient, which has its shape; `factor` multiplies all learning rates. E133 to
+    /// E139
     ///
     /// # Errors
     ///

@@ -7,6 +7,23 @@ use crate::{Error, Result, Scalar};
 use ndarray::{ArrayD, Axis};
 
 /// A data set in the numbers that a model computes with.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::modules::{Loss, Signal, Targets};
+/// use woracle::train::{Prepared, data};
+/// let dataset = data::Dataset {
+///     features: data::Features::Values(array![[1.0], [2.0], [3.0]].into_dyn()), // [samples, features]
+///     targets: data::Targets::Values(array![[10.0], [20.0], [30.0]].into_dyn()), // [samples, outputs]
+///     classes: None,
+///     blocks: vec![0, 1, 2],
+/// };
+/// let prepared = Prepared::<f32>::new(dataset, None)?;
+/// assert_eq!(prepared.loss(), Loss::MeanSquaredError); // as targets are values
+/// let (Signal::Values(x), Targets::Values(t)) = prepared.batch(&[2, 0]) else { panic!("values") };
+/// assert_eq!((x, t), (array![[3.0], [1.0]].into_dyn(), array![[30.0], [10.0]].into_dyn()));
+/// # Ok::<(), woracle::Error>(())
+/// ```
 pub struct Prepared<T> {
     x: Signal<T>,
     targets: Targets<T>,

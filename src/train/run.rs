@@ -87,6 +87,49 @@ pub struct Adapted {
 }
 
 /// A run in its directory.
+///
+/// ```
+/// use std::sync::atomic::{AtomicUsize, Ordering};
+/// use woracle::train::{METRICS_FILE, Observer, Progress, Run, STATE_FILE, Start, Unwatched, read};
+/// use woracle::Error;
+/// # let directory = tempfile::tempdir().expect("a temporary directory");
+/// # let path = directory.path().join("run.toml");
+/// std::fs::write(
+///     &path,
+///     r#"
+///     data = { format = "digits", scale = 0.0625 }
+///     [model]
+///     modules = [{ type = "flatten" }, { name = "fc", type = "linear", in_features = 64, out_features = 10 }]
+///     [pretrain]
+///     steps = 6
+///     batch_size = 16
+///     optimiser = { type = "sgd", learning_rate = 0.1 }
+///     "#,
+/// )
+/// .expect("a file");
+/// let config = read(&path)?;
+///
+/// /// Stops a run after so many steps.
+/// struct Impatient(AtomicUsize);
+/// impl Observer for Impatient {
+///     fn watch(&self, progress: &Progress<'_>) {
+///         self.0.store(progress.step, Ordering::Relaxed);
+///     }
+///     fn stops(&self) -> bool {
+///         self.0.load(Ordering::Relaxed) >= 3
+///     }
+/// }
+/// let out = directory.path().join("out");
+/// let stopped = Run::new(&config, &out, Start::Fresh)?.finish(&Impatient(AtomicUsize::new(0)));
+/// assert!(matches!(stopped, Err(Error::Interrupted { step: 4, .. }))); // asked before it sees a step
+/// assert!(out.join(STATE_FILE).exists());
+///
+/// let summary = Run::new(&config, &out, Start::Resume)?.finish(&Unwatched)?; // the two steps that are left
+/// assert_eq!(summary.pretrain.as_ref().unwrap().steps, 6);
+/// let lines = std::fs::read_to_string(out.join(METRICS_FILE)).expect("a file");
+/// assert!(lines.lines().filter(|line| line.contains("gradient_norm")).count() == 6);
+/// # Ok::<(), Error>(())
+/// ```
 pub struct Run<'c> {
     config: &'c ReadConfig,
     directory: PathBuf,
@@ -135,8 +178,8 @@ impl<'c> Run<'c> {
     ///
     /// # Errors
     ///
-    /// Data that cannot be read or do not fit the model; a loss that diverges; a file that cannot be written; an observer
-    /// that stops it.
+    /// Data that cannot be read or do not fit the model; a loss that diverges; a file that cannot be written; an
+    /// observer that stops it.
     pub fn finish(&self, observer: &dyn Observer) -> Result<Summary> {
         match self.config.config.dtype {
             Precision::F32 => self.run::<f32>(observer),
@@ -328,8 +371,8 @@ fn go_on<T: Scalar>(state: Option<State<T>>, table: &super::StageTable, model: &
     }
 }
 
-/// What is merged rounds otherwise: losses are the same but for that. The accuracy of single samples is the same number;
-/// of the many characters of a text, one in a thousand batches may be a tie.
+/// What is merged rounds otherwise: losses are the same but for that. The accuracy of single samples is the same
+/// number; of the many characters of a text, one in a thousand batches may be a tie.
 fn as_good<T: Scalar>(unmerged: &Evaluation, merged: &Evaluation) -> bool {
     let near = (unmerged.loss - merged.loss).abs() <= 1000.0 * T::UNIT_ROUNDOFF * unmerged.loss.abs().max(1e-3);
     near && (unmerged.bits.is_some() || unmerged.accuracy == merged.accuracy)

@@ -31,9 +31,9 @@ pub struct Progress<'a> {
 
 /// Who watches a run, and may stop it.
 pub trait Observer: Sync {
-    /// After every step.
+    /// Sees how far a stage has come, after every step.
     fn watch(&self, _progress: &Progress<'_>) {}
-    /// Whether the run is to be saved and stopped.
+    /// Whether the run is to be saved and stopped: asked after every step, before [`Observer::watch`] sees it.
     fn stops(&self) -> bool {
         false
     }

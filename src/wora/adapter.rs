@@ -10,23 +10,44 @@ use ndarray::{ArcArray, ArrayD, ArrayViewD, ArrayViewMutD, Axis, IxDyn};
 use rand::{Rng, RngExt};
 use rand_distr::StandardNormal;
 
-/// The frozen layer under an adapter.
+/// The frozen layer under an adapter: PyTorch's `base_layer`, or rather its tensors. SPEC.md, section 1, has the shapes
+/// of every layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Base<E> {
-    /// W0, as stored: linear `[out, in]`, or `[in, out]` with fan_in_fan_out. Whoever has it already shares it.
+    /// W0, as stored: linear `[out, in]`, or `[in, out]` with fan_in_fan_out; embedding `[num_embeddings,
+    /// embedding_dim]`; convolution `[out, in / groups, kernel...]`. Whoever has it already shares it.
     pub weight: ArcArray<E, IxDyn>,
-    /// b: `[out]`.
+    /// b: `[out]`. It is never scaled, and an embedding has none.
     pub bias: Option<ArrayD<E>>,
 }
 
 /// The learned tensors, or their gradients.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::operators::{Linear, Operator};
+/// use woracle::wora::{Adapter, Method};
+/// let lora = Linear::LORA_NAMES; // an embedding's have other names
+/// let adapter = Adapter::from_named(Method::Dora, lora, |name| {
+///     Ok(match name {
+///         "lora_A" => array![[1.0, 2.0, 3.0]].into_dyn(), // [rank, in]
+///         "lora_B" => array![[4.0], [5.0]].into_dyn(), // [out, rank]
+///         _ => array![6.0, 7.0].into_dyn(), // m [out]
+///     })
+/// })?;
+/// let names: Vec<&str> = adapter.named(lora).into_iter().map(|(name, _)| name).collect();
+/// assert_eq!(names, ["lora_A", "lora_B", "lora_magnitude_vector"]); // DoRA learns neither alpha nor beta
+/// assert_eq!(adapter.rank(), 1);
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Adapter<E> {
-    /// A: linear `[rank, in]`.
+    /// A: linear `[rank, in]`; embedding `[rank, num_embeddings]`; convolution `[rank, in / groups, kernel...]`.
     pub lora_a: ArrayD<E>,
-    /// B: linear `[out, rank]`.
+    /// B: linear `[out, rank]`; embedding `[embedding_dim, rank]`; convolution `[out, rank / groups, 1...]`.
     pub lora_b: ArrayD<E>,
-    /// m: `[out]`; `[in]` or `[1, in]` with `norm_axis = "input"`; `None` for LoRA.
+    /// m: `[out]`, in a convolution `[1, out, 1...]`; `[in]` or `[1, in]` with `norm_axis = "input"`; `None` for LoRA.
+    /// Any finite number.
     pub magnitude: Option<ArrayD<E>>,
     /// alpha: `[]`; `None` for LoRA and DoRA, where it is 1 and not trained.
     pub alpha: Option<ArrayD<E>>,
@@ -58,7 +79,8 @@ pub enum LoraInit {
 pub(crate) const SCALE_NAMES: [&str; 3] = ["lora_magnitude_vector", "lora_wora_alpha", "lora_wora_beta"];
 
 impl<E> Adapter<E> {
-    /// The tensors there are, under the names they have in files; `lora` names A and B.
+    /// The tensors there are, under the names they have in files and in their shapes there; `lora` names A and B, as
+    /// [`Operator::LORA_NAMES`](crate::operators::Operator::LORA_NAMES) does.
     pub fn named(&self, lora: [&'static str; 2]) -> Vec<(&'static str, ArrayViewD<'_, E>)> {
         let fields =
             [Some(&self.lora_a), Some(&self.lora_b), self.magnitude.as_ref(), self.alpha.as_ref(), self.beta.as_ref()];
@@ -79,7 +101,8 @@ impl<E> Adapter<E> {
         names.zip(fields).filter_map(|(name, field)| Some((name, field?.view_mut()))).collect()
     }
 
-    /// An adapter from its tensors by name: `get` finds the required ones of the method. C7
+    /// An adapter from its tensors by name: `get` finds the required ones of the method (C7), each as stored. Shapes
+    /// are checked by [`Layer::new`](super::Layer::new).
     ///
     /// # Errors
     ///

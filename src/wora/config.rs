@@ -1,11 +1,4 @@
 //! What is fixed while a layer is trained: the method, the scaling, and how the norm is taken.
-//!
-//! ```
-//! use woracle::wora::{Config, Method, NormGradient, scaling};
-//! let config = Config { norm_gradient: NormGradient::Full, ..Config::new(Method::Wora, scaling(16.0, 8, false)?) };
-//! assert_eq!(config.scaling, 2.0);
-//! # Ok::<(), woracle::Error>(())
-//! ```
 
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -45,6 +38,21 @@ pub enum NormGradient {
 }
 
 /// What one norm is taken over.
+///
+/// ```
+/// use ndarray::array;
+/// use rand::SeedableRng;
+/// use woracle::operators::Linear;
+/// use woracle::wora::{Base, Config, Layer, LoraInit, Method, NormAxis};
+/// let operator = Linear { in_features: 3, out_features: 2, fan_in_fan_out: false };
+/// let base = Base { weight: array![[3.0, 0.0, 2.0], [4.0, 5.0, 0.0]].into_dyn().into(), bias: None };
+/// let config = Config { norm_axis: NormAxis::Input, ..Config::new(Method::Wora, 2.0) };
+/// let mut rng = rand_pcg::Pcg64::seed_from_u64(1);
+/// let layer = Layer::init(operator, config, base, 1, LoraInit::default(), &mut rng)?;
+/// let magnitude = layer.adapter().magnitude.clone().expect("WoRA has one");
+/// assert_eq!(magnitude, array![5.0, 5.0, 2.0].into_dyn()); // a norm a column of W0
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NormAxis {
@@ -56,6 +64,22 @@ pub enum NormAxis {
 }
 
 /// What becomes of a unit with `||V|| = 0`, which has no direction.
+///
+/// ```
+/// use ndarray::array;
+/// use rand::SeedableRng;
+/// use woracle::{Error, operators::Linear};
+/// use woracle::wora::{Base, Config, Layer, LoraInit, Method, ZeroNorm};
+/// let init = |zero_norm| {
+///     let operator = Linear { in_features: 2, out_features: 2, fan_in_fan_out: false };
+///     let base = Base { weight: array![[3.0, 4.0], [0.0, 0.0]].into_dyn().into(), bias: None };
+///     let config = Config { zero_norm, ..Config::new(Method::Dora, 2.0) }; // the second unit of W0 is zero
+///     Layer::init(operator, config, base, 1, LoraInit::default(), &mut rand_pcg::Pcg64::seed_from_u64(1))
+/// };
+/// assert!(matches!(init(ZeroNorm::Error), Err(Error::ZeroNorm { unit: 1 })));
+/// assert_eq!(init(ZeroNorm::Zero)?.merge()?.weight, array![[3.0, 4.0], [0.0, 0.0]].into_dyn());
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ZeroNorm {
@@ -67,6 +91,13 @@ pub enum ZeroNorm {
 }
 
 /// The settings of the weighted direction.
+///
+/// ```
+/// use woracle::wora::{Config, Method, NormGradient, scaling};
+/// let config = Config { norm_gradient: NormGradient::Full, ..Config::new(Method::Wora, scaling(16.0, 8, false)?) };
+/// assert_eq!(config.scaling, 2.0);
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Config {
     /// Which parameters there are.

@@ -1,26 +1,5 @@
 //! The definition, in plain loops over the materialised W': slow, readable, and sharing no line with the
 //! production path. Every production path is tested against it, on any [`Real`] number. SPEC.md, section 4.
-//!
-//! ```
-//! # use ndarray::array;
-//! use woracle::{operators::Linear, wora::{Adapter, Base, Config, Definition, Method}};
-//! let operator = Linear { in_features: 2, out_features: 1, fan_in_fan_out: false };
-//! let (config, x) = (Config::new(Method::Wora, 1.0), array![[1.0, 1.0]].into_dyn());
-//! let scalar = |value: f64| ndarray::ArrayD::from_elem(ndarray::IxDyn(&[]), value);
-//! let definition = Definition {
-//!     operator: &operator, config: &config, input: &x.view().into(), x: Some(x.clone()), mask: None,
-//!     base: Base { weight: array![[3.0, 2.0]].into_dyn().into(), bias: None },
-//!     adapter: Adapter {
-//!         lora_a: array![[0.0, 1.0]].into_dyn(), lora_b: array![[2.0]].into_dyn(),
-//!         magnitude: Some(array![10.0].into_dyn()), alpha: Some(scalar(1.0)), beta: Some(scalar(1.0)),
-//!     },
-//!     frozen_norm: None,
-//! };
-//! let dy = array![[1.0]].into_dyn();
-//! let all = definition.evaluate(Some(dy.view())); // V = [3, 4], ||V|| = 5, W' = [6, 8]
-//! assert_eq!(all.y, array![[14.0]].into_dyn());
-//! assert_eq!(all.gradients.unwrap().adapter.magnitude.unwrap(), array![7.0 / 5.0].into_dyn());
-//! ```
 
 use super::adapter::as_matrix;
 use super::watch::{Watch, unwatched};
@@ -31,6 +10,27 @@ use ndarray::{Array1, Array2, ArrayD, ArrayView2, ArrayViewD, IxDyn};
 
 /// One layer at one input, as numbers `R`. All tensors in the shapes of a case file.
 #[doc = include_str!("../../docs/definition.md")]
+///
+/// ```
+/// # use ndarray::array;
+/// use woracle::{operators::Linear, wora::{Adapter, Base, Config, Definition, Method}};
+/// let operator = Linear { in_features: 2, out_features: 1, fan_in_fan_out: false };
+/// let (config, x) = (Config::new(Method::Wora, 1.0), array![[1.0, 1.0]].into_dyn());
+/// let scalar = |value: f64| ndarray::ArrayD::from_elem(ndarray::IxDyn(&[]), value);
+/// let definition = Definition {
+///     operator: &operator, config: &config, input: &x.view().into(), x: Some(x.clone()), mask: None,
+///     base: Base { weight: array![[3.0, 2.0]].into_dyn().into(), bias: None },
+///     adapter: Adapter {
+///         lora_a: array![[0.0, 1.0]].into_dyn(), lora_b: array![[2.0]].into_dyn(),
+///         magnitude: Some(array![10.0].into_dyn()), alpha: Some(scalar(1.0)), beta: Some(scalar(1.0)),
+///     },
+///     frozen_norm: None,
+/// };
+/// let dy = array![[1.0]].into_dyn();
+/// let all = definition.evaluate(Some(dy.view())); // V = [3, 4], ||V|| = 5, W' = [6, 8]
+/// assert_eq!(all.y, array![[14.0]].into_dyn());
+/// assert_eq!(all.gradients.unwrap().adapter.magnitude.unwrap(), array![7.0 / 5.0].into_dyn());
+/// ```
 #[derive(Clone, Debug)]
 pub struct Definition<'a, 'x, O: Operator, R> {
     /// The operator.

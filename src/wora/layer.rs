@@ -1,22 +1,4 @@
 //! The layer: a frozen weight and an adapter over an operator. Its forward and backward are in `passes.rs`.
-//!
-//! ```
-//! use ndarray::array;
-//! use woracle::wora::{Base, Config, Layer, LoraInit, Method, RequiresGrad};
-//! use woracle::operators::Linear;
-//! # use rand::SeedableRng;
-//! let operator = Linear { in_features: 3, out_features: 2, fan_in_fan_out: false };
-//! let base = Base { weight: array![[1.0, 2.0, 2.0], [0.0, 3.0, 4.0]].into_dyn().into(), bias: None };
-//! let mut rng = rand_pcg::Pcg64::seed_from_u64(1);
-//! let layer = Layer::init(operator, Config::new(Method::Wora, 2.0), base, 1, LoraInit::default(), &mut rng)?;
-//! let x = array![[1.0, 1.0, 1.0]].into_dyn(); // [1, 3]
-//! let (y, cache) = layer.forward(x.view().into(), None)?;
-//! assert_eq!(y, array![[5.0, 7.0]].into_dyn()); // B is zero: still the base layer
-//! let dy = array![[1.0, -1.0]].into_dyn();
-//! let gradients = layer.backward(cache, dy.view(), RequiresGrad::default())?;
-//! assert_eq!(gradients.adapter.magnitude.unwrap(), array![5.0 / 3.0, -7.0 / 5.0].into_dyn());
-//! # Ok::<(), woracle::Error>(())
-//! ```
 
 use super::adapter::{as_matrix, check_tensors};
 use super::direction::{Direction, Factors, norm, squared_norms};
@@ -27,6 +9,24 @@ use ndarray::{Array1, ArrayView1, ArrayView2};
 use rand::Rng;
 
 /// A frozen layer with an adapter: LoRA, DoRA or WoRA over the operator `O`.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::wora::{Base, Config, Layer, LoraInit, Method, RequiresGrad};
+/// use woracle::operators::Linear;
+/// # use rand::SeedableRng;
+/// let operator = Linear { in_features: 3, out_features: 2, fan_in_fan_out: false };
+/// let base = Base { weight: array![[1.0, 2.0, 2.0], [0.0, 3.0, 4.0]].into_dyn().into(), bias: None };
+/// let mut rng = rand_pcg::Pcg64::seed_from_u64(1);
+/// let layer = Layer::init(operator, Config::new(Method::Wora, 2.0), base, 1, LoraInit::default(), &mut rng)?;
+/// let x = array![[1.0, 1.0, 1.0]].into_dyn(); // [1, 3]
+/// let (y, cache) = layer.forward(x.view().into(), None)?;
+/// assert_eq!(y, array![[5.0, 7.0]].into_dyn()); // B is zero: still the base layer
+/// let dy = array![[1.0, -1.0]].into_dyn();
+/// let gradients = layer.backward(cache, dy.view(), RequiresGrad::default())?;
+/// assert_eq!(gradients.adapter.magnitude.unwrap(), array![5.0 / 3.0, -7.0 / 5.0].into_dyn());
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Layer<O, T> {
     pub(super) operator: O,

@@ -1,21 +1,6 @@
 //! Merging: the plain layer that computes what the adapted one does, and the way back. SPEC.md, section 7.
 //!
 //! The way back needs the norms that merging divided by: W' has lost them.
-//!
-//! ```
-//! # use ndarray::array;
-//! # use rand::SeedableRng;
-//! # use woracle::{operators::Linear, wora::{Base, Config, Layer, LoraInit, Method}};
-//! # let operator = Linear { in_features: 3, out_features: 2, fan_in_fan_out: false };
-//! # let base = Base { weight: array![[1.0, 2.0, 2.0], [0.0, 3.0, 4.0]].into_dyn().into(), bias: None };
-//! # let mut rng = rand_pcg::Pcg64::seed_from_u64(1);
-//! # let layer = Layer::init(operator, Config::new(Method::Wora, 2.0), base, 1, LoraInit::default(), &mut rng)?;
-//! let merged = layer.merge()?;
-//! assert_eq!(merged.weight_norm.as_ref().unwrap(), &array![3.0, 5.0]);
-//! let restored: ndarray::ArrayD<f64> = layer.unmerge(&merged)?;
-//! assert!((restored - &layer.base().weight).iter().all(|difference| difference.abs() < 1e-14));
-//! # Ok::<(), woracle::Error>(())
-//! ```
 
 use super::direction::{Direction, weight_norm};
 use super::{Layer, NormAxis};
@@ -27,6 +12,21 @@ use ndarray::{Array1, Array2, ArrayD, ArrayView2, Axis};
 
 /// A merged weight, and what it takes to undo the merge.
 #[doc = include_str!("../../docs/merge.md")]
+///
+/// ```
+/// # use ndarray::array;
+/// # use rand::SeedableRng;
+/// # use woracle::{operators::Linear, wora::{Base, Config, Layer, LoraInit, Method}};
+/// # let operator = Linear { in_features: 3, out_features: 2, fan_in_fan_out: false };
+/// # let base = Base { weight: array![[1.0, 2.0, 2.0], [0.0, 3.0, 4.0]].into_dyn().into(), bias: None };
+/// # let mut rng = rand_pcg::Pcg64::seed_from_u64(1);
+/// # let layer = Layer::init(operator, Config::new(Method::Wora, 2.0), base, 1, LoraInit::default(), &mut rng)?;
+/// let merged = layer.merge()?;
+/// assert_eq!(merged.weight_norm.as_ref().unwrap(), &array![3.0, 5.0]);
+/// let restored: ndarray::ArrayD<f64> = layer.unmerge(&merged)?;
+/// assert!((restored - &layer.base().weight).iter().all(|difference| difference.abs() < 1e-14));
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Merged<T> {
     /// W', in the shape and layout of W0.

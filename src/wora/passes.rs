@@ -67,6 +67,27 @@ impl RequiresGrad {
 }
 
 /// The gradients of one backward, each in the shape of what it is the gradient of.
+///
+/// ```
+/// # use ndarray::array;
+/// # use rand::SeedableRng;
+/// # use woracle::{operators::Linear, wora::{Base, Config, Layer, LoraInit, Method}};
+/// use woracle::wora::RequiresGrad;
+/// # let operator = Linear { in_features: 3, out_features: 2, fan_in_fan_out: false };
+/// # let bias = Some(array![0.5, 0.5].into_dyn());
+/// # let base = Base { weight: array![[1.0, 2.0, 2.0], [0.0, 3.0, 4.0]].into_dyn().into(), bias };
+/// # let mut rng = rand_pcg::Pcg64::seed_from_u64(1);
+/// # let layer = Layer::init(operator, Config::new(Method::Wora, 2.0), base, 1, LoraInit::default(), &mut rng)?;
+/// let (x, dy) = (array![[1.0, 1.0, 1.0]].into_dyn(), array![[1.0, -1.0]].into_dyn());
+/// let (_, cache) = layer.forward(x.view().into(), None)?;
+/// let wanted = RequiresGrad { bias: true, ..RequiresGrad::default() };
+/// let gradients = layer.backward(cache, dy.view(), wanted)?;
+/// assert_eq!(gradients.x.unwrap(), array![[1.0, -1.0, -2.0]].into_dyn()); // dy W', which is still W0
+/// assert_eq!(gradients.bias.unwrap(), array![1.0, -1.0].into_dyn()); // the sum of dy over rows
+/// assert!(gradients.weight.is_none()); // W0 is frozen: nobody asked
+/// assert_eq!(gradients.adapter.lora_a, array![[0.0, 0.0, 0.0]].into_dyn()); // comes through B, which is zero
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gradients<E> {
     /// dx; `None` for ids, or where not wanted.
@@ -154,6 +175,23 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
     /// # Errors
     ///
     /// As [`Layer::forward`].
+    ///
+    /// ```
+    /// # use ndarray::array;
+    /// # use rand::SeedableRng;
+    /// # use woracle::{operators::Linear, wora::{Base, Config, Layer, LoraInit, Method}};
+    /// # let operator = Linear { in_features: 3, out_features: 2, fan_in_fan_out: false };
+    /// # let base = Base { weight: array![[1.0, 2.0, 2.0], [0.0, 3.0, 4.0]].into_dyn().into(), bias: None };
+    /// # let mut rng = rand_pcg::Pcg64::seed_from_u64(1);
+    /// # let layer = Layer::init(operator, Config::new(Method::Wora, 2.0), base, 1, LoraInit::default(), &mut rng)?;
+    /// let x = array![[1.0, 1.0, 1.0]].into_dyn();
+    /// let (y, _) = layer.forward(x.view().into(), None)?; // norms 3 and 5
+    /// let held = layer.forward_at_norm(x.view().into(), None, array![3.0, 5.0].view())?;
+    /// let twice = layer.forward_at_norm(x.view().into(), None, array![6.0, 5.0].view())?;
+    /// assert_eq!(held, y);
+    /// assert_eq!(twice, array![[2.5, 7.0]].into_dyn()); // the first unit's gain is half
+    /// # Ok::<(), woracle::Error>(())
+    /// ```
     pub fn forward_at_norm(
         &self,
         x: O::Input<'_, T>,

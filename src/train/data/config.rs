@@ -8,6 +8,26 @@ use serde::{Deserialize, Serialize};
 ///
 /// Its keys lie side by side in the file, as in `format = "csv"`, `path = "iris.csv"`, `scale = 0.1`. A key that
 /// nobody knows, or that another format has, is refused.
+///
+/// ```
+/// use woracle::train::data::{Column, DataConfig, Label, Source, Task, Transform};
+/// use woracle::train::data::{IdxFiles, NpyFiles, NpzFile, TextFiles};
+/// let read = |text: &str| toml::from_str::<DataConfig>(text);
+/// let table = read("format = 'csv'\npath = 'iris.csv'\nlabel = 'species'\nheader = true\nscale = 0.1").unwrap();
+/// let Source::Csv(csv) = &table.source else { panic!("a table") };
+/// assert_eq!(csv.label, Some(Label::One(Column::Name("species".into()))));
+/// assert_eq!((csv.task, table.scale), (Task::Classification, 0.1));
+///
+/// let arrays = read("format = 'npy'\nfeatures = 'x.npy'\ntargets = 'y.npy'").unwrap();
+/// assert!(matches!(arrays.source, Source::Npy(NpyFiles { ids: false, .. })));
+/// let archive = read("format = 'npz'\npath = 'all.npz'\nfeatures = 'x'\ntargets = 'y'").unwrap();
+/// assert!(matches!(archive.source, Source::Npz(NpzFile { classes: None, .. })));
+/// let images = read("format = 'idx'\nimages = 'images.gz'\nlabels = 'labels.gz'\ntransform = ['rotate90']").unwrap();
+/// assert!(matches!(images.source, Source::Idx(IdxFiles { .. })) && images.transform == [Transform::Rotate90]);
+/// let text = read("format = 'text'\npaths = ['src']\nextensions = ['rs']\ncontext = 64").unwrap();
+/// assert!(matches!(text.source, Source::Text(TextFiles { stride: None, .. }))); // half the context
+/// assert!(read("format = 'digits'\npath = 'iris.csv'").is_err()); // a key of another format
+/// ```
 #[derive(Clone, Debug, Deserialize, Serialize, PartialEq)]
 #[serde(try_from = "Table", into = "Table")]
 pub struct DataConfig {

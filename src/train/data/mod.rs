@@ -67,6 +67,19 @@ pub enum Targets {
 }
 
 /// Samples and their targets.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::train::data::{CsvFile, Features, Source, Targets, Task, load};
+/// # let directory = tempfile::tempdir().expect("a temporary directory");
+/// std::fs::write(directory.path().join("table.csv"), "0.5,1.5,0\n2.5,3.5,2\n").expect("a file");
+/// let file = CsvFile { path: "table.csv".into(), label: None, header: false, task: Task::default(), classes: None };
+/// let set = load(&Source::Csv(file).into(), directory.path(), None)?; // the last column is the label
+/// assert_eq!(set.features, Features::Values(array![[0.5, 1.5], [2.5, 3.5]].into_dyn())); // [samples, features]
+/// assert_eq!((&set.targets, set.classes), (&Targets::Classes(array![0, 2].into_dyn()), Some(3)));
+/// assert_eq!(set.select(&[1]).targets, Targets::Classes(array![2].into_dyn()));
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Dataset {
     /// What a model sees.

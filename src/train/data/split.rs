@@ -6,6 +6,19 @@ use rand_pcg::Pcg64;
 use rand_pcg::rand_core::{Rng, SeedableRng};
 
 /// The samples of each part, ascending.
+///
+/// ```
+/// use std::path::Path;
+/// use woracle::train::data::{Source, load, shuffled, split};
+/// let digits = load(&Source::Digits.into(), Path::new("."), None)?;
+/// let parts = split(&digits, 0.1, 0.2, 5)?;
+/// assert_eq!(parts.train.len() + parts.validation.len() + parts.test.len(), 1797);
+/// assert!(parts.test.iter().all(|sample| parts.train.binary_search(sample).is_err())); // nobody is in two parts
+/// assert_eq!(split(&digits, 0.1, 0.2, 5)?, parts); // the same seed
+/// let epoch = shuffled(&parts.train, 5, 0);
+/// assert_ne!(epoch, shuffled(&parts.train, 5, 1)); // every epoch has another order
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Split {
     /// Those that are trained on.

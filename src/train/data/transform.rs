@@ -6,6 +6,18 @@ use ndarray::{ArrayD, Axis};
 use serde::{Deserialize, Serialize};
 
 /// What is done to every sample `[.., rows, columns]`.
+///
+/// ```
+/// use ndarray::array;
+/// use woracle::train::data::Transform;
+/// let sample = array![[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]].into_dyn(); // [samples, rows, columns]
+/// let turned = Transform::Rotate90.apply(sample.clone())?;
+/// assert_eq!(turned, array![[[3.0, 6.0], [2.0, 5.0], [1.0, 4.0]]].into_dyn());
+/// assert_eq!(Transform::Rotate270.apply(turned)?, sample); // and back
+/// assert_eq!(Transform::Flip.apply(sample.clone())?, array![[[3.0, 2.0, 1.0], [6.0, 5.0, 4.0]]].into_dyn());
+/// assert_eq!(Transform::Invert.apply(sample)?, array![[[5.0, 4.0, 3.0], [2.0, 1.0, 0.0]]].into_dyn());
+/// # Ok::<(), woracle::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Deserialize, Serialize, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
 pub enum Transform {
@@ -24,7 +36,7 @@ pub enum Transform {
 }
 
 impl Transform {
-    /// The transformed samples.
+    /// The transformed samples: `[.., rows, columns]`, or `[.., columns, rows]` of those that turn or transpose.
     ///
     /// # Errors
     ///

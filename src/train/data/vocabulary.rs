@@ -3,6 +3,14 @@
 use std::collections::BTreeSet;
 
 /// The characters of a text, sorted; the id of one is its place.
+///
+/// ```
+/// use woracle::train::data::Vocabulary;
+/// let vocabulary = Vocabulary::of(["beta", "bet"]);
+/// assert_eq!(vocabulary.chars(), ['a', 'b', 'e', 't']);
+/// assert_eq!(vocabulary.ids("tab?"), [3, 0, 1, -1]); // no embedding has -1
+/// assert_eq!(vocabulary.text(&[3, 0, 1]), "tab");
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vocabulary(Vec<char>);
 
