@@ -375,7 +375,12 @@ impl ModuleSpec {
 }
 
 impl ModuleCase {
-    /// The definition on any numbers in the place of the inputs; constants are lifted.
+    /// The definition on any numbers in the place of the inputs, each in the shape of its input: y, or the loss `[]`.
+    /// Constants are lifted.
+    ///
+    /// # Panics
+    ///
+    /// If an input is missing or has another shape.
     pub fn define<R: crate::Real>(
         &self,
         inputs: &std::collections::BTreeMap<String, ArrayD<R>>,

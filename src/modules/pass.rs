@@ -57,7 +57,8 @@ impl<'p, T: Scalar> Pass<'p, T> {
         Self { dropout: Some(seed), ..Self::evaluation() }
     }
 
-    /// The same in memory that an earlier step has left.
+    /// The same in memory that an earlier step has left: outputs and gradients that have been used are to be given back
+    /// with [`Workspace::recycle`].
     pub fn within(self, workspace: &'p Workspace<T>) -> Self {
         Self { workspace: Some(workspace), ..self }
     }
@@ -72,7 +73,7 @@ impl<'p, T: Scalar> Pass<'p, T> {
         Self { dropout: other.dropout, ..self }
     }
 
-    /// The same, for a module whose input's gradient is wanted or not.
+    /// The same, for a module whose input's gradient is wanted or not: PyTorch's `x.requires_grad`.
     pub fn requiring_grad_x(&self, wanted: bool) -> Self {
         Self { requires_grad_x: wanted, ..self.clone() }
     }

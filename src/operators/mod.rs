@@ -163,6 +163,18 @@ pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
     fn places<T: Scalar>(&self, x: &Self::Input<'_, T>) -> [usize; 2];
     /// `op(x, W)` for several weights `[units, fan_in]` in one walk over `x`, each into `[outer, units, inner]` in
     /// standard layout, whatever it holds.
+    ///
+    /// ```
+    /// use ndarray::{Array3, array};
+    /// use woracle::operators::{Linear, Operator};
+    /// let linear = Linear { in_features: 2, out_features: 1, fan_in_fan_out: false };
+    /// let x = array![[3.0, 4.0]].into_dyn().into();
+    /// let (weight, factor) = (array![[1.0, 1.0]], array![[1.0, 0.0], [0.0, 1.0]]); // W0, A
+    /// let [outer, inner] = linear.places(&x);
+    /// let (mut p, mut u) = (Array3::zeros((outer, 1, inner)), Array3::from_elem((outer, 2, inner), f64::NAN));
+    /// linear.apply_into(&x, &[weight.view(), factor.view()], vec![p.view_mut(), u.view_mut()]);
+    /// assert_eq!((p, u), (array![[[7.0]]], array![[[3.0], [4.0]]])); // both in one walk, over whatever was there
+    /// ```
     fn apply_into<T: Scalar>(
         &self,
         x: &Self::Input<'_, T>,

@@ -176,11 +176,11 @@ impl Module {
         Layer::new(operator, self.config, base, adapter).map_err(|error| self.at(rows, error))
     }
 
-    /// `||V||` of all units, where they are columns, which no block of rows knows alone; `None` elsewhere.
+    /// `||V||` of all units, `[units]`, where they are columns, which no block of rows knows alone; `None` elsewhere.
     ///
     /// # Errors
     ///
-    /// What `read` says, which gives the rows of W0; a weight that is not finite (C2).
+    /// What `read` says, which gives the rows of W0 `[rows, columns]`; a weight that is not finite (C2).
     pub fn column_norms(
         &self,
         read: impl Fn(&Range<usize>) -> Result<ArcArray<f64, Ix2>> + Sync,
@@ -197,7 +197,8 @@ impl Module {
         Ok(Some(squares.mapv_into(f64::sqrt)))
     }
 
-    /// W' of some rows of W0, and the norms that were divided by. `column_norms` are those of [`Module::column_norms`].
+    /// W' of some rows of W0, `[rows, columns]` both, and the norms that were divided by, those of [`Module::norms`].
+    /// `column_norms` are those of [`Module::column_norms`]. E12
     ///
     /// # Errors
     ///
@@ -217,7 +218,7 @@ impl Module {
         Ok((weight.into_dimensionality().expect("a matrix"), weight_norm))
     }
 
-    /// W0 of some rows of W', whose norms were these.
+    /// W0 of some rows of W', `[rows, columns]` both, whose norms were these, those of [`Module::norms`]. E37
     ///
     /// # Errors
     ///
@@ -255,7 +256,7 @@ impl Module {
         Error::Unexpected { tensor: self.weight.clone(), reason: error.to_string() }
     }
 
-    /// W0 of some rows, and their bytes.
+    /// W0 of some rows, `[rows, columns]`, and their bytes.
     ///
     /// # Errors
     ///

@@ -33,7 +33,7 @@ pub struct Rates {
     pub alpha_beta: Option<f64>,
 }
 
-/// How gradients are turned into steps. What a step is multiplied by is the schedule's.
+/// How gradients are turned into steps, E135 to E139. What a step is multiplied by is the schedule's.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
 pub enum OptimiserTable {
@@ -208,7 +208,7 @@ impl<T: Scalar> Optimiser<T> {
         &self.memory
     }
 
-    /// Moves every parameter against its gradient, which has its shape; `factor` multiplies all learning rates. E133 to
+    /// Moves every parameter against its gradient, which has its shape; `factor` multiplies all learning rates. E135 to
     /// E139
     ///
     /// # Errors

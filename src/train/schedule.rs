@@ -34,7 +34,7 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// The factor of a step, counted from 0, of so many.
+    /// The factor of a step, counted from 0, of so many: from `floor` to 1, and less while it warms up. E132 to E134
     pub fn factor(&self, step: usize, steps: usize) -> f64 {
         if step < self.warmup {
             return (step + 1) as f64 / self.warmup as f64; // E132

@@ -116,15 +116,18 @@ impl<'x, O: Operator, T: Scalar> Cache<'x, O, T> {
 }
 
 impl<O: Operator, T: Scalar> Layer<O, T> {
-    /// y, and what backward needs. x: linear `[..., in]`; the mask, in the shape of x, holds 0 where the
-    /// correction is dropped and `1 / (1 - p)` elsewhere.
+    /// y, and what backward needs; E17 without a mask or with one. x and y: linear `[..., in]` and `[..., out]`;
+    /// embedding ids `[...]` and `[..., embedding_dim]`; convolution `[batch, in, size...]` and `[batch, out,
+    /// size...]`, `batch` in both or in neither. The mask, in the shape of x, holds 0 where the correction is dropped
+    /// and `1 / (1 - p)` elsewhere; ids take none.
     ///
     #[doc = include_str!("../../docs/layer_forward.md")]
     ///
     /// # Errors
     ///
-    /// An input or a mask that does not fit (C1); a unit with `||V|| = 0` (C5). Values of x are not looked at: a
-    /// NaN there is a NaN in y.
+    /// An input or a mask that does not fit (C1), ids that the embedding does not have (C9), a convolution without any
+    /// output (C10); a unit with `||V|| = 0` (C5), unless `zero_norm` allows it; a norm that overflows (C2). Values of
+    /// x are not looked at: a NaN there is a NaN in y.
     pub fn forward<'x>(
         &self,
         x: O::Input<'x, T>,

@@ -72,10 +72,14 @@ impl Storage {
 }
 
 impl<O: Operator> Layer<O, f64> {
-    /// The rounding error to expect of every result: the root of the summed squares, in unit roundoffs.
+    /// The rounding error to expect of every result: the root of the summed squares, in unit roundoffs. SPEC.md, section 8.5
     ///
     /// `results` are the results of the forward that left `cache`, and of the backward at `dy`, in the shape of y.
-    /// Errors are given of what the results hold.
+    /// Errors are given of what the results hold, each in the shape of its result.
+    ///
+    /// # Panics
+    ///
+    /// If the results, the cache and dy are not of one pass of this layer.
     pub fn rounding(
         &self,
         cache: &Cache<'_, O, f64>,
