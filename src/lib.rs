@@ -17,7 +17,10 @@
 //! and knows the [`mistakes`] that they make; [`peft`] reads, merges, unmerges and writes adapters as PEFT keeps them on
 //! disk; [`modules`] and [`train`] build and train small models; [`report`] is what is found, as a page.
 //!
-//! The derivation of every line is in SPEC.md; `// E9` beside a line is the label of its formula there,
+//! Programs to begin with, in `examples/`: `check_your_own_layer.rs`, `verify_a_file.rs`, `merge_an_adapter.rs`, and for training
+//! `digits_cnn.rs`, `digits_mlp.rs` and `chars_transformer.rs`.
+//!
+//! The derivation of every line is in SPEC.md, whose text is [`spec::TEXT`]; `// E9` beside a line is the label of its formula there,
 //! `// C1` the constraint that a check enforces.
 
 pub mod aside;

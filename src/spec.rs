@@ -12,8 +12,9 @@ pub const TEXT: &str = include_str!("../SPEC.md");
 pub fn formula(label: &str) -> Option<&'static str> {
     let tag = format!("\\tag{{{label}}}");
     let (before, _) = TEXT.split_once(&tag)?;
-    let (_, formula) = before.rsplit_once("$$")?;
-    Some(formula.trim())
+    // Rows of a formula are parted by what Markdown would take away outside of such a fence.
+    let starts = ["$$", "```math\n"].into_iter().filter_map(|start| Some(before.rfind(start)? + start.len()));
+    Some(before[starts.max()?..].trim())
 }
 
 /// The text of every fenced block that begins with these words after its fence.

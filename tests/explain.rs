@@ -33,6 +33,35 @@ fn every_layer_is_explained_within_eighty_columns() {
     }
 }
 
+/// Every case that people can read, in the widths that its numbers have.
+#[test]
+fn no_walk_is_wider_than_eighty_columns() {
+    let mut walked = 0;
+    for (subject, spec) in specs() {
+        let Ok(walk) = Walk::of(&subject.draw(spec, 0)) else { continue };
+        let text = walk.to_string();
+        let wide: Vec<_> = text.lines().filter(|line| columns(line) > 80 && !line.starts_with('{')).collect();
+        assert!(wide.is_empty(), "{}: {wide:?}", spec.name);
+        walked += 1;
+    }
+    assert!(walked > 80, "{walked}");
+}
+
+/// What the README prints is what the command prints.
+#[test]
+fn the_readme_shows_what_is_said() {
+    let readme = include_str!("../README.md");
+    let (_, block) = readme.split_once("```text\nForward by the definition").expect("the excerpt");
+    let (block, _) = block.split_once("```").expect("its end");
+    let text = said(&["explain", "linear", "--full"]);
+    // How uncertain a difference is depends on the processor's products.
+    let shown: Vec<&str> = block.lines().skip(1).filter(|line| *line != "..." && !line.contains("e-")).collect();
+    assert!(shown.len() > 8);
+    for line in shown {
+        assert!(text.lines().any(|said| said == line), "{line}");
+    }
+}
+
 /// The final line of every quantity is what the layer hands out, by either way, in every case that people can read.
 #[test]
 fn what_is_shown_is_what_the_layer_hands_out() {

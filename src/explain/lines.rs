@@ -56,6 +56,8 @@ const READINGS: &[Reading] = &[
     line(Definition, "E10", "n", "n = ‖V‖ + ε"),
     line(Definition, "E11", "g", "g = m / n"),
     line(Definition, "E12", "W'", "W' = g V"),
+    line(Definition, "E44", "X", "X = unfold(x̃)"),
+    line(Definition, "E39", "X", "X: e in the column of each id"),
     line(Definition, "E13", "y", "y = op(x, W0) + op(x̃, W' - W0) + b"),
     line(Factored, "E14", "||W0||^2", "‖W0‖²"),
     line(Factored, "E14", "<W0, BA>", "<W0, Δ> = (W0 Aᵀ) · B"),
@@ -76,6 +78,7 @@ const READINGS: &[Reading] = &[
     line(DefinitionBackward, "E148", "dB", "dB = α s dV Aᵀ"),
     line(DefinitionBackward, "E149", "dA", "dA = α s Bᵀ dV"),
     line(DefinitionBackward, "E150", "dW0", "dW0 = β dV + op*(x - x̃, dy)"),
+    line(DefinitionBackward, "E47", "C", "C = W'ᵀ dy, and dx = fold(C)"),
     line(DefinitionBackward, "E143", "dx", "dx = op*(dy, W0) + mask op*(dy, W' - W0)"),
     line(FactoredBackward, "E18", "H", "H = g dy"),
     line(FactoredBackward, "E19", "p", "p = Σ dy P"),
@@ -112,11 +115,17 @@ pub(super) struct Circumstances {
 
 impl Circumstances {
     /// The formula as it reads here, where it reads otherwise than in the list.
-    fn special(&self, label: &str) -> Option<&'static str> {
+    fn special(&self, label: &str, quantity: &str) -> Option<&'static str> {
         let Self { config, masked, held_back, .. } = self;
         let full = config.norm_gradient == NormGradient::Full && config.has_norm();
         let per_input = config.norm_axis == NormAxis::Input && config.has_norm();
         match label {
+            // The columns of V are the rows of its transpose, and the factors change places.
+            "E14" if per_input => match quantity {
+                "<W0, BA>" => Some("<W0, Δ> = (W0ᵀ B) · Aᵀ"),
+                "||BA||^2" => Some("‖Δ‖² = Aᵀ (Bᵀ B) A"),
+                _ => None,
+            },
             "E13" if !masked => Some("y = op(x, W') + b"),
             "E15" if per_input => Some("u = g x̃"),
             "E15" => Some("u = x̃"),
@@ -162,7 +171,7 @@ pub(super) fn reading(
     let fits =
         |one: &Reading| one.label == label && one.quantity == quantity && of_definition(one.chapter) == by_definition;
     let (place, Reading { chapter, formula, .. }) = READINGS.iter().enumerate().find(|(_, one)| fits(one))?;
-    let formula = circumstances.special(label).unwrap_or(formula);
+    let formula = circumstances.special(label, quantity).unwrap_or(formula);
     let unbiased = formula.strip_suffix(" + b").filter(|_| !circumstances.biased);
     Some((place, *chapter, unbiased.unwrap_or(formula)))
 }

@@ -25,7 +25,7 @@ pub use lines::Chapter;
 use crate::case::{Case, Tensor};
 use crate::gradcheck::{Identity, Options, Slopes, check, slopes};
 use crate::registry;
-use crate::wora::{Config, Line, SCALE_NAMES};
+use crate::wora::{Config, Line, Method, NormGradient, SCALE_NAMES};
 use crate::{Error, Result};
 use ndarray::ArrayD;
 use serde::{Serialize, Serializer};
@@ -39,6 +39,8 @@ pub struct Walk {
     pub settings: serde_json::Map<String, serde_json::Value>,
     /// The tensors that are given.
     pub given: Vec<Given>,
+    /// What else is to be known to follow the lines.
+    pub notes: Vec<&'static str>,
     /// The lines, chapter by chapter.
     pub steps: Vec<Step>,
 }
@@ -80,6 +82,8 @@ pub struct Explanation {
     pub identities: Vec<Identity>,
     /// Every gradient element by element, beside a difference and a dual number.
     pub slopes: Vec<Slopes>,
+    /// Whether these are differences and dual numbers of the surrogate of SPEC.md, section 2, and not of y itself.
+    pub surrogate: bool,
 }
 
 /// An array as nested lists.
@@ -138,8 +142,24 @@ impl Walk {
             })
             .collect();
         steps.sort_by_key(|(place, _)| *place);
-        let steps = steps.into_iter().map(|(_, step)| step).collect();
-        Ok(Self { layer: case.layer.clone(), settings: case.settings.clone(), given: given.collect(), steps })
+        let steps: Vec<Step> = steps.into_iter().map(|(_, step)| step).collect();
+        let directionless = |step: &Step| step.quantity == "||V||" && step.values.iter().any(|&norm| norm == 0.0);
+        let notes = [
+            (circumstances.config.method == Method::Lora)
+                .then_some("LoRA has no norm, and nothing beside A and B: g = α = β = 1."),
+            (circumstances.config.method == Method::Dora).then_some("DoRA has no α and no β: both are 1."),
+            steps
+                .iter()
+                .any(directionless)
+                .then_some("Where ‖V‖ is 0 there is no direction: n, g, dm and k are 0 (C5)."),
+        ];
+        Ok(Self {
+            layer: case.layer.clone(),
+            settings: case.settings.clone(),
+            given: given.collect(),
+            notes: notes.into_iter().flatten().collect(),
+            steps,
+        })
     }
 
     /// The last line of a quantity: its final value by that way of computing.
@@ -161,6 +181,9 @@ impl Explanation {
         if let Some(failure) = report.failure {
             return Err(Error::Setting { name: "case", expected: "one that can be checked".into(), found: failure });
         }
-        Ok(Self { walk, identities: report.identities, slopes: slopes(subject, case)? })
+        let config = case.settings::<Config>()?;
+        let detached = config.has_norm() && config.norm_gradient == NormGradient::Detached;
+        let surrogate = detached || !subject.is_gradient_of_the_loss(case)?;
+        Ok(Self { walk, identities: report.identities, slopes: slopes(subject, case)?, surrogate })
     }
 }

@@ -54,7 +54,8 @@ fn by_rows(texts: ArrayViewD<'_, String>, pad: usize, width: usize) -> Vec<Strin
     }
     let (last, mut lines) = (texts.len_of(Axis(0)) - 1, Vec::new());
     for (nth, part) in texts.axis_iter(Axis(0)).enumerate() {
-        let of_part = by_rows(part, pad, width.saturating_sub(1));
+        // A bracket before it, a bracket or a comma behind it.
+        let of_part = by_rows(part, pad, width.saturating_sub(2));
         let end = of_part.len() - 1;
         lines.extend(of_part.into_iter().enumerate().map(|(at, line)| {
             let open = if nth == 0 && at == 0 { '[' } else { ' ' };

@@ -1,6 +1,7 @@
 //! An explanation as a page of HTML, its formulas those of SPEC.md.
 
 use super::numbers::number;
+use super::text::{NO_IDENTITIES, OF_THE_SURROGATE};
 use super::{Chapter, Explanation, Given, Step};
 use crate::gradcheck::{Identity, Slope, Slopes, Verdict};
 use crate::page::{Page, escape, formula};
@@ -14,7 +15,8 @@ impl Explanation {
         let settings = serde_json::Value::from(walk.settings.clone()).to_string();
         let given: String = walk.given.iter().map(of_given).collect();
         let given = table(&["tensor", "shape", "numbers"], &given);
-        let given = format!("<p>Settings: <code>{}</code></p>\n{given}", escape(&settings));
+        let notes: String = walk.notes.iter().map(|note| format!("<p>{}</p>\n", escape(note))).collect();
+        let given = format!("<p>Settings: <code>{}</code></p>\n{given}{notes}", escape(&settings));
         let mut page = Page::new(&format!("WoRA, {}: one forward and backward", walk.layer)).section("Given", &given);
         for chapter in Chapter::ALL {
             let steps: String = walk.steps.iter().filter(|step| step.chapter == chapter).map(of_step).collect();
@@ -23,10 +25,13 @@ impl Explanation {
                 page = page.section(chapter.title(), &steps);
             }
         }
-        if !self.identities.is_empty() {
-            page = page.section("Identities (section 8.3)", &of_identities(&self.identities));
-        }
-        let slopes: String = self.slopes.iter().map(of_slopes).collect();
+        let identities = match &self.identities[..] {
+            [] => format!("<p>{NO_IDENTITIES}</p>\n"),
+            identities => of_identities(identities),
+        };
+        page = page.section("Identities (section 8.3)", &identities);
+        let whose = if self.surrogate { format!("<p>{OF_THE_SURROGATE}</p>\n") } else { String::new() };
+        let slopes = whose + &self.slopes.iter().map(of_slopes).collect::<String>();
         page.section("Gradients by hand, by differences, by dual numbers (section 8.2)", &slopes)
     }
 }

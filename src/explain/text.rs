@@ -52,11 +52,19 @@ fn head(layer: &str, settings: &serde_json::Map<String, serde_json::Value>) -> S
 }
 
 const GIVEN: &str = "Given";
+/// Why there may be none.
+pub(super) const NO_IDENTITIES: &str = "none is asked: what a lookup holds back (E41) leaves no gradient of a loss";
+/// What differences are taken of where the backward is not that of y itself.
+pub(super) const OF_THE_SURROGATE: &str = "of the surrogate (sections 2 and 3.3): what is held stays where it is";
 
 impl fmt::Display for Walk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}\n\n{GIVEN}", head(&self.layer, &self.settings))?;
         self.given.iter().try_for_each(|given| write!(f, "{given}"))?;
+        if !self.notes.is_empty() {
+            writeln!(f)?;
+        }
+        self.notes.iter().try_for_each(|note| writeln!(f, "{note}"))?;
         for chapter in Chapter::ALL {
             let mut steps = self.steps.iter().filter(|step| step.chapter == chapter).peekable();
             if steps.peek().is_some() {
@@ -102,8 +110,9 @@ pub(super) fn read_case(text: &str) -> Result<Case> {
 impl fmt::Display for Explanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.walk)?;
-        if !self.identities.is_empty() {
-            writeln!(f, "\nIdentities (section 8.3): both sides by the backward under test")?;
+        writeln!(f, "\nIdentities (section 8.3): both sides by the backward under test")?;
+        if self.identities.is_empty() {
+            writeln!(f, "  {NO_IDENTITIES}")?;
         }
         for Identity { label, equation, left, right, error, verdict, .. } in &self.identities {
             let equation = filled(equation, WIDTH - INDENT.len());
@@ -112,6 +121,9 @@ impl fmt::Display for Explanation {
             writeln!(f, "{INDENT}{sides:44}off by {error:.0e}, {verdict}")?;
         }
         writeln!(f, "\nGradients by hand, by differences, by dual numbers (section 8.2)")?;
+        if self.surrogate {
+            writeln!(f, "  {OF_THE_SURROGATE}")?;
+        }
         self.slopes.iter().try_for_each(|slopes| write_slopes(f, slopes))
     }
 }

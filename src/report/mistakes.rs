@@ -64,8 +64,8 @@ impl Matrix {
              <p>A square stands for a layer, in the order {}: <span class=\"squares\">\u{25a0}</span> the witness contradicts the \
              mistake there, <span class=\"squares\">\u{25a1}</span> it does not, <span class=\"squares\">\u{b7}</span> the mistake \
              cannot be made there. Gaps are to be expected: the gradients of a wrong y are right for that y, so that differences \
-             have nothing to object to (dual numbers have: they go through the right definition), and identities see only some of what can go wrong. A row without a filled square would \
-             be a mistake that passes, and a fault of the checker.</p>\n\
+             have nothing to object to (dual numbers have: they go through the right definition), and identities see only some of what can go wrong. In every layer a mistake in y must be \
+             seen by the definition, and one in the backward by differences and by dual numbers; otherwise it passes, and the verdict says so.</p>\n\
              <div class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"Mistakes by witness\"><table class=\"matrix\">\
              <thead><tr><th scope=\"col\">mistake</th><th scope=\"col\">in</th>{heads}<th scope=\"col\">verdict</th></tr></thead>\n\
              <tbody>{rows}</tbody>\n<tfoot><tr><th scope=\"row\">mistakes seen, of {}</th><td></td>{totals}<td>{}</td></tr></tfoot>\

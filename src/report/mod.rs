@@ -154,12 +154,14 @@ impl Report {
         };
         format!(
             "<p>A WoRA layer turns its input x into y with a weight W\u{2032}. Each row of V is a mixture of the frozen weight \
-             W<sub>0</sub> and the low-rank product BA, of which m sets the length:</p>\n{}{}\
+             W<sub>0</sub> and the low-rank product BA, of which m sets the length:</p>\n{}{}{}{}\
              <p>The backward pass of this layer was derived by hand. Whether it is right is asked of witnesses that share as \
              little as they can with it: a definition in plain loops, the same path in f32, differences of the forward, dual \
              numbers, and identities between the gradients. This page is what they say.</p>\n<ul>{}</ul>\n{part}\
              <p class=\"note\">woracle {}, seed {}.</p>",
             labelled("E9"),
+            labelled("E10"),
+            labelled("E11"),
             labelled("E12"),
             verdicts.concat(),
             env!("CARGO_PKG_VERSION"),

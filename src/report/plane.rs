@@ -165,7 +165,8 @@ impl Plane {
         let rows: String = self.arrows.iter().map(row).collect();
         format!(
             "<p>\u{3b1} and \u{3b2} are two numbers, so that a loss over them can be drawn. Multiply both by the same positive \
-             number: V becomes as many times longer, and W\u{2032}, which takes the direction of V alone, stays what it is.</p>\n\
+             number: V becomes as many times longer, and where \u{3b5} = 0, as here, W\u{2032}, which takes the direction of V alone, \
+             stays what it is.</p>\n\
              {}{}\
              <p>So a loss has the same value all along a ray from the origin, whatever loss it is; here half the squared distance \
              of y to what the layer itself puts out at {:.0} degrees, where it is 0. A gradient is perpendicular to where a \
@@ -173,7 +174,8 @@ impl Plane {
              detached gradient takes n for a constant. To it a longer V is a larger output, so it leans inwards or outwards along \
              the ray, as the gradient of the magnitude does:</p>\n{}{}{}\
              <p>On one ray the gradients are the longer the nearer to the origin: the same turn is a smaller step there. What would be \
-             wrong: rays with more than one colour, a full gradient that leans, or a detached one that does not.</p>\n\
+             wrong: rays with more than one colour, a full gradient that leans, or a detached one that does not where \
+             \u{27e8}dm, m\u{27e9} is not 0.</p>\n\
              <h3>How far the gradients lean</h3>\n<div class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"Gradients along the \
              ray\"><table><thead><tr><th scope=\"col\">(\u{3b1}, \u{3b2})</th>\
              <th scope=\"col\">full: \u{3b1} d\u{3b1} + \u{3b2} d\u{3b2}</th>\

@@ -85,8 +85,9 @@ impl Training {
              trained on it, from the same start, on the same batches, by plain gradient descent. They differ in one setting: \
              <code>norm_gradient</code>. Detached, as in PEFT, the norm counts as a constant in the backward, although it moves; \
              the full gradient takes into account how it moves.</p>\n{}\
-             <p>Both losses fall: the direction that detaching leaves out is one that the output does not depend on. What \
-             differs is where \u{3b1} and \u{3b2} go. The full gradient is perpendicular to (\u{3b1}, \u{3b2}), so small steps \
+             <p>Of dV, detaching leaves out the part along V, and no output depends on how long V is; but of what A, B, \u{3b1} and \
+             \u{3b2} are given it leaves out more than that, so that nothing promises that its loss falls. Here it does. What \
+             differs most is where \u{3b1} and \u{3b2} go. The full gradient is perpendicular to (\u{3b1}, \u{3b2}), so small steps \
              keep {} and the length of (\u{3b1}, \u{3b2}) hardly changes; it can only grow, by the square of each step. The \
              detached gradient pushes along (\u{3b1}, \u{3b2}) too, and the length drifts although it means nothing. A full run \
              whose length drifts as the detached one\u{2019}s does would have a wrong gradient through the norm.</p>\n{}",

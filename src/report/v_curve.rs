@@ -91,11 +91,11 @@ impl VCurves {
              changes. The difference is off by what is curved, which shrinks with the step, and by rounding, which grows as \
              the step shrinks:</p>\n{}\
              <p>Hence the V: from the right the error falls with the square of the step, a factor of 100 for a factor of 10; \
-             from the left it rises as 1/h. At its tip, near h = 10<sup>\u{2212}5</sup>, about ten digits are right, which is \
-             too few to tell a small mistake from rounding. The <em>ladder</em> combines differences at nine large steps so \
+             to the left it rises as 1/h. At its tip about ten digits are right, which is too few to tell a small mistake from \
+             rounding; where the tip lies depends on how curved the output is. The <em>ladder</em> combines differences at nine large steps so \
              that the curved parts cancel, and says how sure it is. <em>Dual numbers</em> take no step at all. A wrong \
              gradient would show as a line of the derived value far above the ladder\u{2019}s. Where the output is a straight line \
-             in the element there is no right arm: the largest step is the best, and the curve only rises to the left. Errors \
+             in the element there is no right arm: every large step is good, and the curve only rises to the left. Errors \
              that are exactly 0 lie on the lower edge.</p>\n{pictures}",
             formula(r"D(h) = D + c_2 h^2 + c_4 h^4 + \dots \pm \text{rounding} / h"),
         )
@@ -135,11 +135,16 @@ fn picture(curve: &Curve) -> Picture {
     let chart = Chart::new(
         name(curve),
         Axis::logarithmic("step h, in the element's unit"),
-        Axis::logarithmic("error against the dual number"),
+        Axis::logarithmic("error of the slope, in its own unit"),
     )
     .with(level("ladder: what it allows for", Mark::Dashes, Ink::Nth(1), curve.uncertainty))
     .with(level("ladder: error", Mark::Line, Ink::Nth(1), (curve.ladder - curve.dual).abs()))
-    .with(level("derived gradient: error", Mark::Dashes, Ink::Nth(2), (curve.ours - curve.dual).abs()))
+    .with(level(
+        "dual number: its distance from the derived gradient",
+        Mark::Dashes,
+        Ink::Nth(2),
+        (curve.ours - curve.dual).abs(),
+    ))
     .with(Series::new("central difference", Mark::LineAndPoints, Ink::Nth(0), steps.clone()));
     Picture::new(format!("Error against step, {}", name(curve)), in_words(curve)).with(chart)
 }

@@ -123,6 +123,7 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
     pub fn evaluate_watched(&self, dy: Option<ArrayViewD<'_, f64>>, watch: &mut Watch<'_, R>) -> Evaluation<R> {
         let weights = self.weights();
         weights.show(watch);
+        self.show_columns(watch);
         let y = self.forward(&weights);
         watch("E13", "y", &|| y.clone());
         Evaluation {
@@ -245,6 +246,55 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
         ArrayD::from_shape_vec(shape, y).expect("as many outputs as the shape says")
     }
 
+    /// What each output reads, where it is not simply x: `[outer, groups * fan_in, inner]`, E44 for windows, E39 for ids.
+    fn show_columns(&self, watch: &mut Watch<'_, R>) {
+        if O::COLUMNS_ARE_NOT_FEATURES.is_none() {
+            return;
+        }
+        let label = if self.x.is_some() { "E44" } else { "E39" };
+        watch(label, "X", &|| {
+            let dropped = self.x.as_ref().zip(self.mask.as_ref()).map(|(x, mask)| {
+                let kept = x.iter().zip(mask).map(|(&x, &mask)| x * mask).collect();
+                ArrayD::from_shape_vec(x.shape(), kept).expect("as many as x")
+            });
+            let x = dropped.as_ref().or(self.x.as_ref()).map(flat);
+            self.columns(|t| input_of(&x, t))
+        });
+    }
+
+    /// One number a term of the first unit of each group, laid out as the columns that its group reads.
+    fn columns(&self, of: impl Fn(Term) -> R) -> ArrayD<R> {
+        let [outer, inner] = self.operator.places::<f64>(self.input);
+        let (units, groups, fan_in) = (self.operator.units(), self.operator.groups(), self.operator.fan_in());
+        let mut columns = ArrayD::from_elem(IxDyn(&[outer, groups * fan_in, inner]), R::constant(0.0));
+        self.operator.terms::<f64>(self.input, |t| {
+            let (group, first) = (t.unit / (units / groups), t.unit % (units / groups) == 0);
+            if first {
+                let at = [t.output / (units * inner), group * fan_in + t.column, t.output % inner];
+                columns[IxDyn(&at)] = columns[IxDyn(&at)] + of(t);
+            }
+        });
+        columns
+    }
+
+    /// `C = W'^T dy`, the gradient of the columns, which folding adds up where they were read. E47
+    fn show_column_gradients(&self, weights: &Weights<R>, dy: &[R], watch: &mut Watch<'_, R>) {
+        if O::COLUMNS_ARE_NOT_FEATURES.is_none() || self.x.is_none() || self.mask.is_some() {
+            return;
+        }
+        watch("E47", "C", &|| {
+            let [outer, inner] = self.operator.places::<f64>(self.input);
+            let (units, groups, fan_in) = (self.operator.units(), self.operator.groups(), self.operator.fan_in());
+            let in_group = units / groups;
+            ArrayD::from_shape_fn(IxDyn(&[outer, groups * fan_in, inner]), |at| {
+                let (group, column) = (at[1] / fan_in, at[1] % fan_in);
+                (group * in_group..(group + 1) * in_group).fold(R::constant(0.0), |sum, unit| {
+                    sum + weights.merged[[unit, column]] * dy[(at[0] * units + unit) * inner + at[2]] // E47
+                })
+            })
+        });
+    }
+
     /// The adjoint of every line of the forward, last line first. SPEC.md, section 4.2.
     fn backward(&self, weights: &Weights<R>, dy: &ArrayD<R>, watch: &mut Watch<'_, R>) -> Gradients<R> {
         let zero = R::constant(0.0);
@@ -270,6 +320,7 @@ impl<O: Operator, R: Real> Definition<'_, '_, O, R> {
                 dx[input] = dx[input] + dy * R::constant(t.factor) * weight; // E143
             }
         });
+        self.show_column_gradients(weights, &dy_flat, watch);
         watch("E142", "dW'", &|| dmerged.clone().into_dyn());
 
         // W' = g V, so dV = g dW', and through the norm, where it is not held constant, dV = k V beside.
