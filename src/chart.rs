@@ -359,6 +359,12 @@ impl Picture {
         self
     }
 
+    /// The points of the series of this name, of the first chart that has it.
+    pub fn points(&self, series: &str) -> Option<&[(f64, f64)]> {
+        let mut named = self.charts.iter().flat_map(Chart::named);
+        named.find(|(name, _)| *name == series).map(|(_, series)| &series.points[..])
+    }
+
     fn height(&self) -> u32 {
         self.charts.iter().map(Chart::height).sum()
     }

@@ -4,10 +4,10 @@ mod command;
 
 use command::wora;
 use std::sync::OnceLock;
-use woracle::gradcheck::{Trial, Tried, check_mistake};
+use woracle::gradcheck::{Trial, Tried, Witness, check_mistake};
 use woracle::mistakes::{MISTAKES, mistake};
 use woracle::registry::layer;
-use woracle::report::{HeatMap, Matrix, Plan, Report, curve_at};
+use woracle::report::{HeatMap, Matrix, Plan, Report, curve_at, picture};
 
 const CASES: [&str; 6] =
     ["linear-plain", "linear-full", "linear-dora", "embedding-full", "conv1d-plain", "module-layer_norm"];
@@ -159,4 +159,65 @@ fn what_cannot_be_reported_is_one_line() {
         assert!(stderr.lines().count() == 1 && stderr.contains(says), "{arguments:?}: {stderr}");
     }
     assert_eq!(std::fs::read_dir(directory.path()).expect("entries").count(), 0, "something is left behind");
+}
+
+/// What is drawn under a name is what the name says.
+#[test]
+fn every_series_is_drawn_under_its_own_name() {
+    let curve = curve_at("linear-full/lora_wora_alpha", 0).expect("a curve");
+    let drawn = picture(&curve);
+    let level = |name: &str| drawn.points(name).expect("a series")[0].1;
+    assert_eq!(level("ladder: what it allows for"), curve.uncertainty);
+    assert_eq!(level("ladder: error"), (curve.ladder - curve.dual).abs());
+    assert_eq!(level("dual number: its distance from the derived gradient"), (curve.ours - curve.dual).abs());
+    let steps: Vec<_> = curve.steps.iter().map(|rung| (rung.step, rung.error)).collect();
+    assert_eq!(drawn.points("central difference"), Some(&steps[..]));
+
+    let plane = &report().plane;
+    let drawn = plane.picture();
+    let inclinations = |name: &str| -> Vec<f64> {
+        let steps = drawn.points(name).expect("a series").chunks(2);
+        steps.map(|step| step[0].0 * (step[1].0 - step[0].0) + step[0].1 * (step[1].1 - step[0].1)).collect()
+    };
+    let (full, detached) = (inclinations("step, full gradient"), inclinations("step, detached gradient"));
+    assert_eq!((full.len(), detached.len()), (plane.arrows.len(), plane.arrows.len()));
+    assert!(full.iter().all(|lean| lean.abs() < 1e-12), "along the circle: {full:?}");
+    for (lean, arrow) in detached.iter().zip(&plane.arrows) {
+        // A step goes against its gradient.
+        let radial = arrow.point.0 * arrow.detached.0 + arrow.point.1 * arrow.detached.1;
+        assert!(lean * radial <= 0.0 && (radial.abs() < 1e-9 || *lean != 0.0), "{arrow:?}");
+    }
+
+    let training = &report().training;
+    let [(loss, _), (validation, _), ..] = training.pictures();
+    for (name, way) in ["detached", "full gradient"].into_iter().zip(&training.ways) {
+        assert_eq!(loss.points(name), Some(&way.loss[..]));
+        assert_eq!(validation.points(name), Some(&way.validation[..]));
+    }
+    assert_ne!(training.ways[0].loss, training.ways[1].loss);
+
+    let html = report().heat_map.to_html();
+    let header = |name: &str, head: &str| html.contains(&format!("<th scope=\"col\" title=\"{name}\">{head}</th>"));
+    for (name, head) in [("x", "dx"), ("base.weight", "dW\u{2080}"), ("lora_A", "dA"), ("lora_wora_beta", "d\u{3b2}")] {
+        assert!(header(name, head), "{name} under {head}");
+    }
+}
+
+/// The witnesses of one mistake stand under their own heads.
+#[test]
+fn a_square_is_filled_for_the_witness_that_saw_the_mistake() {
+    let html = report().mistakes.to_html();
+    for row in &report().mistakes.rows {
+        for trial in &row.trials {
+            for witness in [Witness::Definition, Witness::Differences, Witness::Duals, Witness::Identities] {
+                let saw = trial.killed_by.contains(&witness);
+                let line = html.lines().find(|line| line.contains(&format!("<code>{}</code>", row.mistake.id)));
+                let line = line.unwrap_or_else(|| panic!("no row of {}", row.mistake.id));
+                let cell =
+                    line.split("<td").find(|cell| cell.contains(&format!("title=\"{witness}: "))).expect("a cell");
+                let words = cell.split("title=\"").nth(1).and_then(|rest| rest.split('"').next()).expect("words");
+                assert_eq!(words.contains(trial.layer), saw, "{} {witness}: {words}", row.mistake.id);
+            }
+        }
+    }
 }

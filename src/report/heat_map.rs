@@ -115,6 +115,20 @@ impl HeatMap {
     }
 }
 
+/// How SPEC.md writes the gradient of a parameter.
+fn head_of(parameter: Parameter) -> &'static str {
+    match parameter {
+        Parameter::X => "dx",
+        Parameter::Weight => "dW\u{2080}",
+        Parameter::Bias => "db",
+        Parameter::LoraA => "dA",
+        Parameter::LoraB => "dB",
+        Parameter::Magnitude => "dm",
+        Parameter::Alpha => "d\u{3b1}",
+        Parameter::Beta => "d\u{3b2}",
+    }
+}
+
 impl Group {
     fn columns(&self) -> Vec<Column> {
         let column = |head, words, tensors: Vec<String>| Column { head, words, tensors };
@@ -125,10 +139,10 @@ impl Group {
             column("g", "the gains m / n", vec!["gain".into()]),
             column("W\u{2032}", "the merged weight", vec!["merged_weight".into()]),
         ];
-        let heads = ["dx", "dW\u{2080}", "db", "dA", "dB", "dm", "d\u{3b1}", "d\u{3b2}"];
         // A layer's own names for A and B.
         let lora = LAYERS.iter().find(|layer| layer.name() == self.layer).map(|layer| layer.lora_names());
-        for (parameter, head) in Parameter::ALL.into_iter().zip(heads) {
+        for parameter in Parameter::ALL {
+            let head = head_of(parameter);
             let name = parameter.name(lora.unwrap_or(["lora_A", "lora_B"]));
             columns.push(column(head, name, vec![format!("grad.{name}")]));
         }

@@ -17,7 +17,7 @@ pub use heat_map::{Group, HeatMap};
 pub use mistakes::Matrix;
 pub use plane::{Arrow, Plane, Ray};
 pub use training::{Training, Way};
-pub use v_curve::{DEFAULT_PATHS, VCurves, curve_at};
+pub use v_curve::{DEFAULT_PATHS, VCurves, curve_at, picture};
 
 use crate::Result;
 use crate::chart::Picture;

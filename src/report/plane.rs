@@ -214,7 +214,8 @@ impl Plane {
         )
     }
 
-    fn picture(&self) -> Picture {
+    /// Rays by their loss, and steps against both gradients.
+    pub fn picture(&self) -> Picture {
         let (low, high) = self.ends().map_or((0.0, 1.0), |(low, high)| (low.loss, high.loss));
         let part = |loss: f64| (loss - low) / (high - low);
         let ray = |ray: &Ray| {

@@ -99,7 +99,7 @@ impl Training {
     }
 
     /// Every picture, and what is to be read in it.
-    fn pictures(&self) -> [(Picture, String); 4] {
+    pub fn pictures(&self) -> [(Picture, String); 4] {
         let of_both = |curve: &dyn Fn(&Way) -> Points| {
             let series = |(number, way): (usize, &Way)| {
                 let mark = if number == 0 { Mark::Dashes } else { Mark::Line };

@@ -127,7 +127,8 @@ fn in_words(curve: &Curve) -> String {
     )
 }
 
-fn picture(curve: &Curve) -> Picture {
+/// The error of single differences against their step, and of what knows better.
+pub fn picture(curve: &Curve) -> Picture {
     let steps: Vec<(f64, f64)> = curve.steps.iter().map(|rung| (rung.step, rung.error)).collect();
     let ends = || steps.first().into_iter().chain(steps.last()).map(|(step, _)| *step);
     let level =
