@@ -69,3 +69,14 @@ impl Write for Aside {
         self.file.flush()
     }
 }
+
+/// Writes a file that is either there as a whole or as it was before.
+///
+/// # Errors
+///
+/// As [`Aside::of`]; what cannot be written.
+pub fn replace(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
+    let mut aside = Aside::of(path)?;
+    write(&mut aside).map_err(|error| Error::io(path, &error))?;
+    aside.finish()
+}

@@ -6,12 +6,11 @@
 //! assert!(html.contains("<math") && !html.contains("<script"));
 //! ```
 
-use crate::aside::Aside;
-use crate::{Error, Result};
+use crate::Result;
+use crate::aside::replace;
 use pulldown_latex::config::{DisplayMode, RenderConfig};
 use pulldown_latex::mathml::push_mathml;
 use pulldown_latex::{Parser, Storage};
-use std::io::Write;
 use std::path::Path;
 
 /// A page that is being written.
@@ -42,9 +41,7 @@ impl Page {
     ///
     /// A file that cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let mut aside = Aside::of(path)?;
-        aside.write_all(self.to_html().as_bytes()).map_err(|error| Error::io(path, &error))?;
-        aside.finish()
+        replace(path, |out| out.write_all(self.to_html().as_bytes()))
     }
 
     /// The page as text.

@@ -33,6 +33,15 @@ pub static LAYERS: &[&dyn Subject] = &[
     &Adapted::<Conv3d>::new("conv3d", CONV3D),
 ];
 
+/// The names of all layers, as they are told to somebody who gave another.
+///
+/// ```
+/// assert_eq!(woracle::registry::names(), "linear, embedding, conv1d, conv2d, conv3d");
+/// ```
+pub fn names() -> String {
+    LAYERS.iter().map(|layer| layer.name()).collect::<Vec<_>>().join(", ")
+}
+
 /// The layer of this name.
 ///
 /// # Errors
@@ -41,7 +50,7 @@ pub static LAYERS: &[&dyn Subject] = &[
 pub fn layer(name: &str) -> Result<&'static dyn Subject> {
     LAYERS.iter().copied().find(|layer| layer.name() == name).ok_or_else(|| Error::Unknown {
         what: "layer",
-        expected: LAYERS.iter().map(|layer| layer.name()).collect::<Vec<_>>().join(", "),
+        expected: names(),
         found: name.into(),
     })
 }

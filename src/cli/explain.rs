@@ -6,7 +6,7 @@ use woracle::case::Case;
 use woracle::explain::{Explanation, Shape, drawn, examples};
 use woracle::gradcheck::Verdict;
 use woracle::oracle::case_file;
-use woracle::registry::{LAYERS, specs};
+use woracle::registry::{names, specs};
 use woracle::{Error, Result};
 
 /// Walk through one forward and backward: every line of SPEC.md with its formula, shapes and numbers, the identities with
@@ -58,8 +58,7 @@ fn chosen(args: &Args) -> Result<Case> {
         return Ok(with_norm_gradient(case, if args.full { "full" } else { "detached" }));
     }
     if args.shape.is_some() {
-        let expected = LAYERS.iter().map(|layer| layer.name()).collect::<Vec<_>>().join(", ");
-        return Err(Error::Unknown { what: "layer for --shape", expected, found: name.clone() });
+        return Err(Error::Unknown { what: "layer for --shape", expected: names(), found: name.clone() });
     }
     let as_asked = |case| if args.full { with_norm_gradient(case, "full") } else { case };
     if let Some((layer, spec)) = specs().find(|(_, spec)| spec.name == name) {
@@ -69,8 +68,7 @@ fn chosen(args: &Args) -> Result<Case> {
     if path.extension().is_some_and(|extension| extension == "safetensors") {
         return Ok(as_asked(case_file::read(path)?.case));
     }
-    let layers = LAYERS.iter().map(|layer| layer.name()).collect::<Vec<_>>().join(", ");
-    let expected = format!("{layers}, a case of a layer (wora check --list), or a case file");
+    let expected = format!("{}, a case of a layer (wora check --list), or a case file", names());
     Err(Error::Unknown { what: "LAYER", expected, found: name.clone() })
 }
 

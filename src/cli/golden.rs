@@ -2,8 +2,8 @@
 
 use super::{Outcome, print, progress};
 use rayon::prelude::*;
-use std::io::Write;
 use std::path::{Path, PathBuf};
+use woracle::aside::replace;
 use woracle::oracle::Dtype;
 use woracle::oracle::golden::{Cases, Entry, Manifest, Options, cases};
 use woracle::{Error, Result};
@@ -37,7 +37,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     refuse_others(&args.out_dir, &chosen)?;
     let one = |case: Result<(Entry, Vec<u8>)>| {
         let (entry, bytes) = case?;
-        write(&args.out_dir.join(&entry.file), &bytes)?;
+        replace(&args.out_dir.join(&entry.file), |out| out.write_all(&bytes))?;
         bar.set_message(entry.file.clone());
         bar.inc(1);
         Ok(entry)
@@ -46,7 +46,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     entries.sort_by(|one, other| one.file.cmp(&other.file));
     bar.finish_and_clear();
     let manifest = Manifest::new(options, entries);
-    write(&args.out_dir.join("manifest.json"), manifest.to_json().as_bytes())?;
+    replace(&args.out_dir.join("manifest.json"), |out| out.write_all(manifest.to_json().as_bytes()))?;
     let count = manifest.cases.len();
     print(&if args.json {
         manifest.to_json().trim_end().to_string()
@@ -71,11 +71,4 @@ fn refuse_others(out_dir: &Path, written: &Cases) -> Result<()> {
             Err(Error::File { path: out_dir.into(), message })
         }
     }
-}
-
-/// Writes a file to the side and puts it in its place: never half of one.
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let aside = path.with_extension("partial");
-    let whole = std::fs::File::create(&aside).and_then(|mut file| file.write_all(bytes));
-    whole.and_then(|()| std::fs::rename(&aside, path)).map_err(|error| Error::io(path, &error))
 }

@@ -1,6 +1,6 @@
 //! A case like a layer's worked example, with other numbers or other shapes.
 
-use super::{Example, READABLE};
+use super::{Example, READABLE, numbers};
 use crate::case::Case;
 use crate::cases::{Spec, Twist};
 use crate::registry;
@@ -32,13 +32,9 @@ impl Shape {
             return Ok(());
         }
         let expected = format!("three shapes of 1 to {READABLE} numbers, such as 2x4 3x4 1");
-        let found = [&self.x[..], &self.weight, &[self.rank]].map(in_words).join(" ");
+        let found = [&self.x[..], &self.weight, &[self.rank]].map(|lengths| numbers::shape(lengths, "x")).join(" ");
         Err(Error::Setting { name: "--shape", expected, found })
     }
-}
-
-fn in_words(shape: &[usize]) -> String {
-    shape.iter().map(ToString::to_string).collect::<Vec<_>>().join("x")
 }
 
 /// A case with the settings of an example, random numbers in it, and these shapes or its own.

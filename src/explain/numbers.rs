@@ -25,6 +25,14 @@ pub(super) fn number(value: f64) -> String {
     format!("{value:.*e}", DIGITS - 1)
 }
 
+/// The lengths of a shape with this between them.
+pub(super) fn shape(lengths: &[usize], by: &str) -> String {
+    if lengths.is_empty() {
+        return "scalar".into();
+    }
+    lengths.iter().map(ToString::to_string).collect::<Vec<_>>().join(by)
+}
+
 /// An array of numbers in brackets, in lines of at most `width` characters where its rows allow it.
 pub(super) fn lines(values: ArrayViewD<'_, f64>, width: usize) -> Vec<String> {
     let texts = values.mapv(number);

@@ -1,12 +1,12 @@
 //! An explanation as a page of HTML, its formulas those of SPEC.md.
 
-use super::numbers::number;
+use super::numbers::{number, shape};
 use super::text::{NO_IDENTITIES, OF_THE_SURROGATE};
 use super::{Chapter, Explanation, Given, Step};
 use crate::gradcheck::{Identity, Slope, Slopes, Verdict};
 use crate::page::{Page, escape, formula};
 use crate::spec;
-use ndarray::{ArrayD, ArrayViewD, Axis};
+use ndarray::{ArrayViewD, Axis};
 
 impl Explanation {
     /// The explanation as one self-contained page.
@@ -38,7 +38,7 @@ impl Explanation {
 
 fn of_given(given: &Given) -> String {
     let Given { name, values, .. } = given;
-    let (shape, numbers) = (shape(values), tables(values.view()));
+    let (shape, numbers) = (shape(values.shape(), " × "), tables(values.view()));
     format!("<tr><td><code>{}</code></td><td>{shape}</td><td>{numbers}</td></tr>\n", escape(name))
 }
 
@@ -46,13 +46,8 @@ fn of_given(given: &Given) -> String {
 fn of_step(step: &Step) -> String {
     let Step { label, formula: line, values, .. } = step;
     let derived = spec::formula(label).map(formula).unwrap_or_default();
-    let (line, shape, numbers) = (escape(line), shape(values), tables(values.view()));
+    let (line, shape, numbers) = (escape(line), shape(values.shape(), " × "), tables(values.view()));
     format!("<tr><td>{label}</td><td>{line}</td><td>{derived}</td><td>{shape}</td><td>{numbers}</td></tr>\n")
-}
-
-fn shape(values: &ArrayD<f64>) -> String {
-    let lengths = values.shape().iter().map(ToString::to_string).collect::<Vec<_>>();
-    if lengths.is_empty() { "scalar".into() } else { lengths.join(" × ") }
 }
 
 /// Matrices as tables, one after the other.

@@ -1,6 +1,6 @@
 //! An explanation as text, for a terminal of 80 columns; and what is given in one, read back.
 
-use super::numbers::{lines, number, parse};
+use super::numbers::{lines, number, parse, shape};
 use super::{Chapter, Explanation, Given, Step, Walk};
 use crate::case::{Case, Tensor};
 use crate::gradcheck::{Identity, Slope, Slopes};
@@ -14,11 +14,8 @@ const TILDE: char = '\u{303}';
 /// What stands before numbers.
 const INDENT: &str = "        ";
 
-fn of_shape(shape: &[usize]) -> String {
-    if shape.is_empty() {
-        return "scalar".into();
-    }
-    shape.iter().map(ToString::to_string).collect::<Vec<_>>().join(" x ")
+fn of_shape(lengths: &[usize]) -> String {
+    shape(lengths, " x ")
 }
 
 /// A heading with a shape at the right margin, and the numbers below it.

@@ -1,6 +1,6 @@
 //! Gradients element by element, as every witness of slopes sees them: for whoever wants to look and not only to know.
 
-use super::comparison::{Place, Testimony, Witness};
+use super::comparison::{Place, Point, Testimony, Witness};
 use super::differences::Rung;
 use super::function::{Survey, sum};
 use super::{Options, with_survey};
@@ -64,14 +64,19 @@ pub fn slopes(subject: &dyn Subject, case: &Case) -> Result<Vec<Slopes>> {
     })
 }
 
+/// What differences and dual numbers say of an element that they were asked about.
+fn of_element(testimonies: &[Testimony], element: usize) -> [Point; 2] {
+    [Witness::Differences, Witness::Duals].map(|witness| {
+        let testimony = testimonies.iter().find(|testimony| testimony.witness == witness).expect("both witnesses");
+        *testimony.at(Place::Element(element)).expect("what was asked for")
+    })
+}
+
 fn of_tensor(survey: &Survey<'_>, tensor: &str, ours: &Tensors) -> Result<Slopes> {
     let gradient = &ours[&format!("grad.{tensor}")];
     let testimonies = survey.testimonies(tensor, gradient, &[])?;
-    let of = |witness| testimonies.iter().find(|testimony| testimony.witness == witness).expect("both witnesses");
-    let (differences, duals) = (of(Witness::Differences), of(Witness::Duals));
     let element = |(element, &ours): (usize, &f64)| {
-        let at = |testimony: &Testimony| *testimony.at(Place::Element(element)).expect("every element");
-        let (difference, dual) = (at(differences), at(duals));
+        let [difference, dual] = of_element(&testimonies, element);
         let index = unravel(element, gradient.shape());
         Slope { index, ours, difference: difference.theirs, uncertainty: difference.uncertainty, dual: dual.theirs }
     };
@@ -136,11 +141,8 @@ pub fn curve(subject: &dyn Subject, case: &Case, tensor: &str, element: usize) -
         }
         let gradient = &ours[&format!("grad.{tensor}")];
         let testimonies = survey.testimonies(tensor, gradient, &[element])?;
-        let at = |witness| {
-            let testimony = testimonies.iter().find(|testimony| testimony.witness == witness).expect("both witnesses");
-            *testimony.at(Place::Element(element)).expect("what was asked for")
-        };
-        let (ladder, dual) = (at(Witness::Differences), at(Witness::Duals).theirs);
+        let [ladder, dual] = of_element(&testimonies, element);
+        let dual = dual.theirs;
         let steps = EXPONENTS.rev().map(|exponent| {
             let step = 2f64.powi(exponent);
             let value = central(survey, tensor, element, step)?;

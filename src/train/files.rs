@@ -1,20 +1,12 @@
 //! Files of a run, each written to the side and put in its place when it is whole.
 
-use crate::aside::Aside;
+pub(super) use crate::aside::replace;
 use crate::dtype::Dtype;
 use crate::tensor_writer::{Planned, TensorWriter};
-use crate::{Error, Result, Scalar};
+use crate::{Result, Scalar};
 use ndarray::ArrayD;
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::Path;
-
-/// Writes a file that is either there as a whole or as it was before.
-pub(super) fn replace(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
-    let mut aside = Aside::of(path)?;
-    write(&mut aside).map_err(|error| Error::io(path, &error))?;
-    aside.finish()
-}
 
 /// Writes tensors, and one entry of metadata.
 pub(super) fn replace_tensors<T: Scalar>(
