@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// The oracle for WoRA: is a layer's forward and backward right?
 #[derive(Parser)]
 #[command(name = "wora", version)]
-struct Cli {
+pub struct Cli {
     #[command(subcommand)]
     command: Command,
 }

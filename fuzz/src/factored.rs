@@ -1,0 +1,20 @@
+//! The factored layer against the definition: any layer, shape and settings, every result within its rounding.
+
+use super::any_case::{Choices, any_case};
+use woracle::oracle::verify::{Tolerance, Verdict, verify};
+use woracle::oracle::{CaseFile, Dtype};
+use woracle::registry::Precision;
+
+pub fn run(bytes: &[u8]) -> bool {
+    let Some((layer, case)) = any_case(&mut Choices::new(bytes)) else { return false };
+    for (precision, dtype) in [(Precision::F64, Dtype::F64), (Precision::F32, Dtype::F32)] {
+        // A unit without a direction is refused, by the definition too.
+        let (Ok(results), Ok(_)) = (layer.evaluate(&case, precision), layer.define(&case)) else { return false };
+        let mut answered = case.clone();
+        answered.extend(results);
+        for tensor in verify(&CaseFile::new(answered, dtype), Tolerance::default()).expect("a whole case") {
+            assert!(tensor.verdict == Verdict::Pass, "{tensor:?} of {:?}", case.settings);
+        }
+    }
+    true
+}
