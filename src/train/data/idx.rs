@@ -1,6 +1,6 @@
 //! Images and labels as MNIST keeps them: a magic number, the lengths of the axes, then bytes.
 
-use super::read::{check_class, count_classes, open, refuse};
+use super::read::{check_class, count_classes, found, open, refuse};
 use super::{Dataset, Features, Targets};
 use crate::{Error, Result};
 use ndarray::{ArrayD, IxDyn};
@@ -53,7 +53,8 @@ fn read<const AXES: usize>(path: &Path, magic: u32) -> Result<([usize; AXES], Ve
     let (mut file, length) = open(path)?;
     let mut word = || {
         let mut bytes = [0; 4];
-        file.read_exact(&mut bytes).map_err(|error| refuse(path, format!("expected a header of IDX: {error}")))?;
+        file.read_exact(&mut bytes)
+            .map_err(|error| refuse(path, format!("expected a header of IDX, {}", found(&error))))?;
         Ok::<u32, Error>(u32::from_be_bytes(bytes))
     };
     let found = word()?;
