@@ -134,7 +134,7 @@ mod tests {
                 (&labels, &labels, "expected the magic number 0x803, found 0x801"),
                 (&images, &idx(LABELS, &[1], &[0]), "expected 2 labels, as there are images, found 1"),
                 (&images, &idx(LABELS, &[2], &[0]), "expected 2 bytes for the shape [2], found 1"),
-                (&images, &labels[..3].to_vec(), "expected a header of IDX: failed to fill whole buffer"),
+                (&images, &labels[..3].to_vec(), "expected a header of IDX, found the end of the file"),
                 (&huge, &labels, "for the shape [4294967295, 4294967295, 4294967295], found 1"),
                 (&short, &labels, "expected 1073741824 bytes for the shape [1073741824, 1, 1], found 2"),
                 (&idx(IMAGES, &[0, 1, 1], &[]), &labels, "expected images, found the shape [0, 1, 1]"),
