@@ -70,6 +70,31 @@ impl Write for Aside {
     }
 }
 
+/// Fails unless there is a directory at this path, or nothing in the way of one.
+///
+/// # Errors
+///
+/// A path that is a file's, or leads through a file.
+pub fn check_directory(path: &Path) -> Result<()> {
+    match path.ancestors().find(|part| part.symlink_metadata().is_ok()) {
+        Some(part) if !part.is_dir() => {
+            let message = "expected a directory to write into, found a file".into();
+            Err(Error::File { path: part.into(), message })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Makes a directory and those that it lies in, where they are not there.
+///
+/// # Errors
+///
+/// As [`check_directory`]; what cannot be made.
+pub fn make_directory(path: &Path) -> Result<()> {
+    check_directory(path)?;
+    std::fs::create_dir_all(path).map_err(|error| Error::io(path, &error))
+}
+
 /// Writes a file that is either there as a whole or as it was before.
 ///
 /// # Errors

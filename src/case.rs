@@ -102,7 +102,7 @@ impl Case {
         let settings = serde_json::Value::from(self.settings.clone());
         serde_path_to_error::deserialize(settings).map_err(|error| Error::Setting {
             name: "wora_case",
-            expected: format!("the settings of a {} layer", self.layer),
+            expected: format!("the settings of the layer {}", self.layer),
             found: error.to_string(),
         })
     }

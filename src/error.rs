@@ -40,7 +40,7 @@ pub enum Error {
         expected: String,
     },
     /// A tensor is there that has no business to be.
-    #[error("{tensor}: {reason}")]
+    #[error("{}: {reason}", named(tensor))]
     Unexpected {
         /// The tensor's name.
         tensor: String,
@@ -179,6 +179,11 @@ impl Error {
             other => Self::File { path: path.to_path_buf(), message: other.to_string() },
         }
     }
+}
+
+/// A name that can be seen.
+fn named(tensor: &str) -> &str {
+    if tensor.is_empty() { "\"\"" } else { tensor }
 }
 
 /// Fails unless `found` is `expected` (SPEC.md, C1).

@@ -54,6 +54,7 @@ mod error;
 mod rounded;
 mod scalar;
 mod simd;
+mod text_file;
 
 pub use counted::Counted;
 pub use dual::{Dual, DualForward, DualTensors};

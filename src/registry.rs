@@ -24,6 +24,9 @@ use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::sync::Mutex;
 
+/// Nothing in a case vouches for an output that it does not have, so it may not be larger.
+const MOST_OUTPUTS: usize = 1 << 26;
+
 /// Every layer.
 pub static LAYERS: &[&dyn Subject] = &[
     &Adapted::<Linear>::new("linear", LINEAR),
@@ -324,6 +327,11 @@ impl<O: Operator> Adapted<O> {
         let y = case.tensors.get("y").map(|y| ("y", y.shape()));
         let outputs = dy.as_ref().map(|dy| ("grad.y", dy.shape())).into_iter().chain(y);
         outputs.into_iter().try_for_each(|(name, shape)| check_shape(name, &output_shape, shape))?; // C1
+        let elements: usize = output_shape.iter().product();
+        if y.is_none() && dy.is_none() && elements > MOST_OUTPUTS {
+            let expected = format!("no more than {MOST_OUTPUTS} elements where the case has neither y nor grad.y");
+            return Err(Error::Shape { tensor: "y".into(), expected, found: output_shape });
+        }
         Ok(Parts { layer, x, mask, dy })
     }
 

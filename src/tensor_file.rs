@@ -109,8 +109,7 @@ impl TensorFile<'static> {
         if about.is_file() {
             return Self::new(Source::File(file), about.len()).map_err(|error| error.in_file(path));
         }
-        let mut bytes = vec![];
-        file.read_to_end(&mut bytes).map_err(failed)?;
+        let bytes = read_stream(&mut file).map_err(failed)?;
         let length = bytes.len() as u64;
         Self::new(Source::Bytes(bytes.into()), length).map_err(|error| error.in_file(path))
     }
@@ -276,6 +275,21 @@ impl<'a> TensorFile<'a> {
             found: tensor.shape.clone(),
         })
     }
+}
+
+/// What has no length may have no end: no more of it is read than its header claims, and one byte that shows that it
+/// goes on.
+fn read_stream(file: &mut File) -> std::io::Result<Vec<u8>> {
+    let mut bytes = vec![];
+    let mut read = |bytes: &mut Vec<u8>, count: u64| file.take(count).read_to_end(bytes);
+    read(&mut bytes, LENGTH as u64)?;
+    let length = <[u8; LENGTH]>::try_from(&bytes[..]).map(u64::from_le_bytes);
+    let Some(length) = length.ok().filter(|&length| length <= LONGEST_HEADER as u64) else { return Ok(bytes) };
+    read(&mut bytes, length)?;
+    if let Ok(header) = serde_json::from_slice::<Metadata>(&bytes[LENGTH..]) {
+        read(&mut bytes, (header.data_len() as u64).saturating_add(1))?;
+    }
+    Ok(bytes)
 }
 
 /// The type of a tensor of floating-point numbers.

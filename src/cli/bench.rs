@@ -1,6 +1,6 @@
 //! `wora bench [FILTER]`: how long a training step takes, beside a bare matrix product.
 
-use super::{Outcome, list, print, progress, table};
+use super::{Outcome, list, on_threads, print, progress, table};
 use std::num::NonZeroUsize;
 use woracle::bench::{CASES, Timing, time};
 use woracle::registry::{Precision, choose};
@@ -16,10 +16,10 @@ pub struct Args {
     dtype: Option<Precision>,
     /// How many threads; as many as there are cores where none is given
     #[arg(long)]
-    threads: Option<NonZeroUsize>,
+    threads: Option<usize>,
     /// How many steps are timed, of which the median is reported
-    #[arg(long, default_value = "7")]
-    runs: NonZeroUsize,
+    #[arg(long, default_value_t = 7)]
+    runs: usize,
     /// List the cases, one a line, and time nothing
     #[arg(long)]
     list: bool,
@@ -33,35 +33,39 @@ fn precision(text: &str) -> std::result::Result<Precision, String> {
     found.ok_or_else(|| "expected f32 or f64".into())
 }
 
+/// More would take days and say nothing new.
+const MOST_RUNS: usize = 1_000_000;
+
 pub fn run(args: Args) -> Result<Outcome> {
     let filter = args.filter.as_deref().unwrap_or("");
     let cases = choose(CASES.iter().collect(), filter, |case| case.name, "a case's name (wora bench --list)")?;
     if args.list {
         return list(cases.iter().map(|case| case.name), args.json);
     }
-    if let Some(threads) = args.threads {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global();
-        pool.map_err(|error| Error::Setting {
-            name: "threads",
-            expected: "as many as can be started".into(),
-            found: error.to_string(),
-        })?;
-    }
+    let runs = NonZeroUsize::new(args.runs).filter(|runs| runs.get() <= MOST_RUNS).ok_or_else(|| Error::Setting {
+        name: "--runs",
+        expected: format!("a number from 1 to {MOST_RUNS}"),
+        found: args.runs.to_string(),
+    })?;
     let precisions = args.dtype.map_or_else(|| Precision::ALL.to_vec(), |precision| vec![precision]);
     let bar = progress(cases.len() * precisions.len());
-    let mut timings = Vec::new();
-    for case in cases {
-        for &precision in &precisions {
-            bar.set_message(case.name);
-            let timing = time(case, precision, args.runs)?;
-            bar.inc(1);
-            if args.json {
-                bar.suspend(|| print(&serde_json::to_string(&timing).expect("numbers and names")))?;
+    let timed = on_threads(args.threads, || {
+        let mut timings = Vec::new();
+        for case in cases {
+            for &precision in &precisions {
+                bar.set_message(case.name);
+                let timing = time(case, precision, runs)?;
+                bar.inc(1);
+                if args.json {
+                    bar.suspend(|| print(&serde_json::to_string(&timing).expect("numbers and names")))?;
+                }
+                timings.push(timing);
             }
-            timings.push(timing);
         }
-    }
+        Ok(timings)
+    })?;
     bar.finish_and_clear();
+    let timings: Vec<Timing> = timed?;
     if !args.json {
         print(&as_table(&timings))?;
     }

@@ -34,7 +34,10 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<Outcome> {
     let case = chosen(&args)?;
-    let explanation = Explanation::of(&case)?;
+    let explanation = Explanation::of(&case).map_err(|error| match is_case_file(&args.layer) {
+        true => error.in_file(Path::new(&args.layer)),
+        false => error,
+    })?;
     if let Some(path) = &args.html {
         explanation.page().write(path)?;
     }
@@ -64,12 +67,20 @@ fn chosen(args: &Args) -> Result<Case> {
     if let Some((layer, spec)) = specs().find(|(_, spec)| spec.name == name) {
         return layer.try_draw(spec, seed).map(as_asked);
     }
-    let path = Path::new(name);
-    if path.extension().is_some_and(|extension| extension == "safetensors") {
-        return Ok(as_asked(case_file::read(path)?.case));
+    if is_case_file(name) {
+        if let Some(seed) = args.seed {
+            let expected = "none, as a case file has its own numbers".into();
+            return Err(Error::Setting { name: "--seed", expected, found: seed.to_string() });
+        }
+        return Ok(as_asked(case_file::read(Path::new(name))?.case));
     }
     let expected = format!("{}, a case of a layer (wora check --list), or a case file", names());
     Err(Error::Unknown { what: "LAYER", expected, found: name.clone() })
+}
+
+/// Whether what is asked for is a file, and no name.
+fn is_case_file(name: &str) -> bool {
+    Path::new(name).extension().is_some_and(|extension| extension == "safetensors")
 }
 
 fn with_norm_gradient(mut case: Case, norm_gradient: &str) -> Case {

@@ -3,7 +3,7 @@
 use super::{Outcome, print, progress};
 use rayon::prelude::*;
 use std::path::{Path, PathBuf};
-use woracle::aside::replace;
+use woracle::aside::{make_directory, replace};
 use woracle::oracle::Dtype;
 use woracle::oracle::golden::{Cases, Entry, Manifest, Options, cases};
 use woracle::{Error, Result};
@@ -33,7 +33,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     let options = Options { dtype: args.dtype, seed: args.seed, answers: !args.without_answers };
     let chosen = cases(args.filter.as_deref().unwrap_or(""), options)?;
     let bar = progress(chosen.len());
-    std::fs::create_dir_all(&args.out_dir).map_err(|error| Error::io(&args.out_dir, &error))?;
+    make_directory(&args.out_dir)?;
     refuse_others(&args.out_dir, &chosen)?;
     let one = |case: Result<(Entry, Vec<u8>)>| {
         let (entry, bytes) = case?;

@@ -3,7 +3,7 @@
 use super::{Outcome, print, printable, table, warn};
 use std::path::PathBuf;
 use woracle::Result;
-use woracle::peft::{Checkpoint, Model, ModuleReport, inspect};
+use woracle::peft::{ADAPTER_FILE, Checkpoint, Model, ModuleReport, inspect};
 
 /// Show what an adapter in PEFT's files does: kinds, ranks, scalars, gains, and how much it changes.
 #[derive(clap::Args)]
@@ -21,7 +21,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<Outcome> {
     let adapter = Checkpoint::open(&args.adapter)?;
     let base = args.base.as_ref().map(|base| Model::open(base)).transpose()?;
-    let reports = inspect(&adapter, base.as_ref()).map_err(|error| error.in_file(&args.adapter))?;
+    let reports = inspect(&adapter, base.as_ref()).map_err(|error| error.in_file(&args.adapter.join(ADAPTER_FILE)))?;
     warn(adapter.config().warnings());
     print(&if args.json { serde_json::to_string(&reports).expect("plain data") } else { as_table(&reports) })?;
     Ok(Outcome::Good)

@@ -15,6 +15,7 @@ mod train;
 mod unmerge;
 mod verify;
 
+use clap::error::ErrorKind as Misuse;
 use clap::{Parser, Subcommand};
 use comfy_table::{ContentArrangement, Table, presets::UTF8_FULL_CONDENSED};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -66,7 +67,11 @@ fn outlive_file_size_limit() {
 /// Runs the command line of this process.
 pub fn run() -> ExitCode {
     outlive_file_size_limit();
-    let done = match Cli::parse().command {
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command,
+        Err(error) => return refuse(&error),
+    };
+    let done = match command {
         Command::Bench(args) => bench::run(args),
         Command::Check(args) => check::run(args),
         Command::Compare(args) => compare::run(args),
@@ -91,13 +96,32 @@ pub fn run() -> ExitCode {
 }
 
 /// Says what is wrong on standard error, in one line.
-fn complain(error: &woracle::Error) {
+fn complain(error: &dyn std::fmt::Display) {
     eprintln!("wora: {}", printable(&error.to_string()));
 }
 
-/// Text that may come from a file, without control characters: they could break a line or steer a terminal.
+/// Says what is wrong with the arguments in one line too; help and version are what was asked for.
+fn refuse(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() || error.kind() == Misuse::DisplayHelpOnMissingArgumentOrSubcommand {
+        error.exit();
+    }
+    let text = error.render().to_string();
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    // Behind it stand the usage and where there is help.
+    let said = ["\n\nUsage:", "\n\nFor more information"].iter().filter_map(|end| text.rfind(end)).min();
+    let lines = text[..said.unwrap_or(text.len())].lines().map(str::trim).filter(|line| !line.is_empty());
+    let line = lines.collect::<Vec<_>>().join(" ").replace(" tip: ", "; ");
+    complain(&format!("{line} (--help tells more)"));
+    ExitCode::from(2)
+}
+
+/// Text that may come from a file, without what could break a line, turn it around or steer a terminal.
 fn printable(text: &str) -> String {
-    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+    let harmless = |c: char| {
+        !c.is_control()
+            && !matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+    };
+    text.chars().flat_map(|c| if harmless(c) { vec![c] } else { c.escape_default().collect() }).collect()
 }
 
 /// Writes to standard output. A reader that has seen enough, as `head` does, is no error.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use woracle::oracle::diagnose::{self, Candidate, Diagnosis};
 use woracle::oracle::verify::{self, TensorVerdict, Tolerance, Verdict};
 use woracle::oracle::{CaseFile, case_file};
-use woracle::peft::{Checkpoint, Model, compare};
+use woracle::peft::{ADAPTER_FILE, Checkpoint, Model, compare};
 use woracle::{Error, Result};
 
 /// Judge results that another implementation wrote into case files, and name the mistake that explains wrong ones.
@@ -99,12 +99,14 @@ pub fn run(args: Args) -> Result<Outcome> {
 /// The adapted weights of a merged model, one case each, and what else of it has changed.
 fn judge_merge(adapter: &Path, base: &Path, merged: &Path, tolerance: Tolerance) -> Result<Vec<CaseVerdict>> {
     let (checkpoint, base, theirs) = (Checkpoint::open(adapter)?, Model::open(base)?, Model::open(merged)?);
+    compare::fit(&checkpoint, &base, &theirs)?;
     let modules: Vec<&str> = checkpoint.modules().collect();
     let bar = progress(modules.len());
     let mut cases = vec![];
     for module in modules {
         bar.set_message(module.to_string());
-        let judged = compare::case(&checkpoint, &base, &theirs, module).map_err(|error| error.in_file(adapter));
+        let judged = compare::case(&checkpoint, &base, &theirs, module);
+        let judged = judged.map_err(|error| error.in_file(&adapter.join(ADAPTER_FILE)));
         cases.push(match judged {
             // A merged model answers nothing but weights.
             Ok(file) => CaseVerdict { unanswered: vec![], ..judge_case(file, merged, tolerance, &bar) },

@@ -113,6 +113,7 @@ impl<T: Scalar> Plain<T> {
         pass: &Pass<'m, T>,
     ) -> Result<Forward<'m, T>> {
         let shape = operator.output_shape(&x)?;
+        check_elements("y", &shape)?;
         let weight = operator.weight_matrix(self.weight.view());
         let [outer, inner] = operator.places(&x);
         let of_output = Ix3(outer, operator.units(), inner);
@@ -246,6 +247,16 @@ pub(super) fn check_positive(name: &'static str, value: usize) -> Result<()> {
     Err(Error::Setting { name, expected: format!("1 or more, up to {LONGEST}"), found: value.to_string() })
 }
 
+/// Fails on a tensor beyond what a small model has. C4
+fn check_elements(tensor: &str, shape: &[usize]) -> Result<()> {
+    let elements = shape.iter().try_fold(1, |elements: usize, &length| elements.checked_mul(length));
+    if elements.is_some_and(|elements| elements <= LARGEST) {
+        return Ok(());
+    }
+    let expected = format!("no more than {LARGEST} elements");
+    Err(Error::Shape { tensor: tensor.into(), expected, found: shape.to_vec() }) // C4
+}
+
 /// How fresh weights are drawn, as PyTorch draws them.
 enum Start {
     /// Uniform within `1 / sqrt(fan_in)`, the bias too.
@@ -256,11 +267,7 @@ enum Start {
 
 /// A trained layer with fresh weights.
 fn fresh<O: Operator, T: Scalar>(operator: O, bias: bool, start: Start, rng: &mut Pcg64) -> Result<Box<dyn Module<T>>> {
-    let elements = operator.weight_shape().iter().try_fold(1, |elements: usize, &length| elements.checked_mul(length));
-    if elements.is_none_or(|elements| elements > LARGEST) {
-        let expected = format!("no more than {LARGEST} elements");
-        return Err(Error::Shape { tensor: "weight".into(), expected, found: operator.weight_shape() }); // C4
-    }
+    check_elements("weight", &operator.weight_shape())?;
     let bound = 1.0 / (operator.fan_in() as f64).sqrt();
     let mut draw = |shape: &[usize]| -> ArrayD<T> {
         ArrayD::from_shape_simple_fn(shape, || {

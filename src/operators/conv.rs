@@ -70,7 +70,7 @@ pub type Conv3d = Conv<3>;
 
 /// One number for every axis, or one an axis.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "neither a number from 0 nor one an axis")]
 pub enum Extents {
     /// The same along every axis.
     All(usize),
@@ -80,7 +80,7 @@ pub enum Extents {
 
 /// What is put around the input.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "neither a number from 0, nor one an axis, nor \"same\" or \"valid\"")]
 pub enum Padding {
     /// As much before as after.
     Numbers(Extents),
@@ -314,6 +314,12 @@ impl<const N: usize> Operator for Conv<N> {
         shape[channels] = self.out_channels;
         for (size, axis) in shape[channels + 1..].iter_mut().zip(axes) {
             *size = axis.output(); // E42
+        }
+        // Padding alone can ask for more numbers than have an address.
+        let bytes = shape.iter().try_fold(size_of::<T>(), |bytes, &length| bytes.checked_mul(length));
+        if bytes.is_none_or(|bytes| bytes > isize::MAX as usize) {
+            let expected = "so little that y can be held in memory".into();
+            return Err(Error::Setting { name: "padding", expected, found: format!("a y of shape {shape:?}") }); // C4
         }
         Ok(shape)
     }

@@ -5,6 +5,7 @@ use super::save::write_adapter;
 use crate::error::check_finite;
 use crate::tensor_file::TensorFile;
 use crate::tensor_writer::Planned;
+use crate::text_file::{LONGEST_CONFIGURATION, read_text};
 use crate::wora::{Adapter, Method, SCALE_NAMES};
 use crate::{Error, Result};
 use ndarray::{ArrayD, IxDyn};
@@ -65,7 +66,7 @@ impl Checkpoint {
     /// A file that is not there or not what it should be; a tensor that no adapter of this method has (C7).
     pub fn open(directory: &Path) -> Result<Self> {
         let (config_path, path) = (directory.join(CONFIG_FILE), directory.join(ADAPTER_FILE));
-        let text = std::fs::read_to_string(&config_path).map_err(|error| Error::io(&config_path, &error))?;
+        let text = read_text(&config_path, LONGEST_CONFIGURATION)?;
         let config = AdapterConfig::parse(&text).map_err(|error| error.in_file(&config_path))?;
         let file = TensorFile::open(&path)?;
         let (mut modules, mut replaced) = (BTreeMap::<String, ModuleTensors>::new(), BTreeMap::new());

@@ -18,16 +18,34 @@ use super::checkpoint::Checkpoint;
 use super::merge::{planned, plans};
 use super::model::Model;
 use super::module::{Kind, Module};
-use crate::Result;
 use crate::case::{Case, Tensor};
 use crate::dtype::Dtype;
+use crate::error::check_shape;
 use crate::operators::{Embedding, Linear, Operator};
 use crate::oracle::CaseFile;
 use crate::oracle::verify::SLACK;
 use crate::wora::ZeroNorm;
+use crate::{Error, Result};
 use ndarray::{ArcArray, ArrayD, IxDyn};
 use serde_json::{Map, json};
 use std::collections::{BTreeMap, BTreeSet};
+
+/// Fails where nothing can be judged: unless the adapter fits the base, and the merged model has what it changes.
+///
+/// # Errors
+///
+/// An adapter that cannot be merged into the base; a tensor that the merged model does not have (C7).
+pub fn fit(checkpoint: &Checkpoint, base: &Model, merged: &Model) -> Result<()> {
+    let tensors = checkpoint.tensors_of_base().collect::<Vec<_>>();
+    plans(base, std::slice::from_ref(checkpoint), ZeroNorm::Zero)?;
+    merged.naming(&tensors).map(drop).map_err(|error| match error {
+        Error::Missing { tensor, .. } => {
+            let expected = "a tensor of the merged model".into();
+            Error::Missing { tensor, expected }.in_file(merged.path_of(""))
+        }
+        error => error.in_file(merged.path_of("")),
+    })
+}
 
 /// An adapted weight of a merged model as a case whose answer is `merged_weight`.
 ///
@@ -48,7 +66,9 @@ pub fn case(checkpoint: &Checkpoint, base: &Model, merged: &Model, module: &str)
         None => base.tensor(about.found.name())?.0.values(about.found.name())?.0,
     };
     let found = merged.naming(&checkpoint.tensors_of_base().collect::<Vec<_>>())?.find(&about.weight)?;
-    let (theirs, dtype) = merged.tensor(found.name())?.0.values(found.name())?;
+    let (file, info) = merged.tensor(found.name())?;
+    let theirs = check_shape(found.name(), &about.shape, &info.shape).and_then(|()| file.values(found.name())); // C1
+    let (theirs, dtype) = theirs.map_err(|error| error.in_file(merged.path_of(found.name())))?;
     let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
     let mut put = |name: &str, values: ArrayD<f64>| tensors.insert(name.into(), Tensor::Float(values.into()));
     for (name, values) in checkpoint.adapter(module)?.named(lora) {

@@ -102,7 +102,7 @@ struct Known {
 
 /// Modules: a list of names, or one regular expression.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "neither a list of names nor one regular expression")]
 enum Names {
     Pattern(String),
     List(Vec<String>),
@@ -251,6 +251,12 @@ impl AdapterConfig {
         self.alpha_pattern.iter().map(|(pattern, _)| pattern)
     }
 
+    /// A pattern as it stands in the file.
+    pub(crate) fn written(pattern: &Regex) -> &str {
+        let whole = pattern.as_str();
+        whole.strip_prefix(BEGINNING).and_then(|rest| rest.strip_suffix(END)).unwrap_or(whole)
+    }
+
     /// The rank of a module.
     pub fn rank(&self, module: &str) -> usize {
         first(&self.rank_pattern, module).unwrap_or(self.known.r as usize)
@@ -355,10 +361,14 @@ fn is_on(value: &Value) -> bool {
     }
 }
 
+/// What has a pattern fit the end of a module's name.
+const BEGINNING: &str = r"^(?:.*\.)?(?:";
+const END: &str = ")$";
+
 /// Regular expressions for the ends of modules' names.
 fn patterns<V>(name: &'static str, pattern: &InOrder, read: impl Fn(&Value) -> Result<V>) -> Result<Vec<(Regex, V)>> {
     let one = |(key, value): &(String, Value)| {
-        let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"));
+        let regex = Regex::new(&format!("{BEGINNING}{key}{END}"));
         let last = |error: regex::Error| error.to_string().lines().last().unwrap_or_default().to_string();
         Ok((
             regex.map_err(|error| setting(name, "regular expressions", format!("{key:?}: {}", last(error))))?,

@@ -3,8 +3,8 @@
 use super::checkpoint::Checkpoint;
 use super::model::Model;
 use super::module::{Module, in_parallel};
-use crate::Result;
 use crate::wora::{Method, ZeroNorm, as_matrix};
+use crate::{Error, Result};
 use faer::Mat;
 use ndarray::{Array1, ArrayD, ArrayView2, Axis, IxDyn};
 use serde::Serialize;
@@ -116,7 +116,9 @@ fn one(checkpoint: &Checkpoint, base: Option<&Model>, name: &str) -> Result<Modu
     let module = Module::new(checkpoint, base, name, ZeroNorm::Zero)?;
     let at = base.tensor(module.found.name())?;
     let read = |rows: &Range<usize>| Ok(module.read(rows, module.found.name(), at)?.0);
-    let of_columns = module.column_norms(read)?;
+    // The adapter's own numbers have been looked at: what is wrong from here on is the base's.
+    let of_file = |error: Error| error.in_file(base.path_of(module.found.name()));
+    let of_columns = module.column_norms(read).map_err(of_file)?;
     let mut sums = [0.0; 2];
     let mut norms = Array1::zeros(module.adapter.lora_b.len_of(Axis(0)));
     let one = |rows: &Range<usize>| {
@@ -138,7 +140,8 @@ fn one(checkpoint: &Checkpoint, base: Option<&Model>, name: &str) -> Result<Modu
             }
         }
         Ok(())
-    })?;
+    })
+    .map_err(of_file)?;
     let norms = of_columns.unwrap_or(norms);
     let ratio = |part: f64| if sums[0] > 0.0 { Some(part / sums[0].sqrt()) } else { None };
     let directed = module.adapter.magnitude.iter().flatten().zip(&norms).filter(|(_, norm)| **norm != 0.0);

@@ -2,6 +2,7 @@
 
 use super::record::RECORD_FILE;
 use crate::tensor_file::TensorFile;
+use crate::text_file::{LONGEST_CONFIGURATION, read_text};
 use crate::{Error, Result};
 use safetensors::tensor::TensorInfo;
 use serde_json::{Map, Value};
@@ -115,11 +116,15 @@ impl Model {
 
     fn of_index(directory: &Path, path: &Path) -> Result<Self> {
         let refuse = |message: String| Error::File { path: path.into(), message };
-        let text = std::fs::read_to_string(path).map_err(|error| Error::io(path, &error))?;
+        let text = read_text(path, LONGEST_CONFIGURATION)?;
         let mut index: Map<String, Value> =
             serde_json::from_str(&text).map_err(|error| refuse(format!("expected a JSON object, found {error}")))?;
-        let Some(Value::Object(map)) = index.remove("weight_map") else {
-            return Err(refuse("weight_map: expected an object, found none".into()));
+        let map = match index.remove("weight_map") {
+            Some(Value::Object(map)) => map,
+            other => {
+                let found = other.map_or_else(|| "none".into(), |value| value.to_string());
+                return Err(refuse(format!("weight_map: expected an object, found {found}")));
+            }
         };
         let mut by_shard: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for (tensor, shard) in map {

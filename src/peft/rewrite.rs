@@ -2,6 +2,7 @@
 
 use super::merge::Progress;
 use super::model::{INDEX_FILE, MODEL_FILE, Model, Shard};
+use crate::aside::check_directory;
 use crate::dtype::Dtype;
 use crate::simd::{all_finite, magnitudes};
 use crate::tensor_file::floating_point;
@@ -66,6 +67,7 @@ impl Staged {
         } else if out.symlink_metadata().is_ok() {
             return Err(refuse(&"a file"));
         }
+        check_directory(out)?;
         // The directory itself where it is reached by a link, and in full where it is this one.
         let out = std::fs::canonicalize(out).or_else(|_| std::path::absolute(out)).map_err(failed)?;
         // Aside is where there is something already, so that nothing else is made before all is well.

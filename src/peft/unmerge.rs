@@ -42,7 +42,7 @@ pub fn unmerge(merged: &Path, adapter: &Checkpoint, out: &Path, progress: &Progr
             "expected one adapter, or a merge with --keep-base, found {count} adapters merged"
         )));
     }
-    let back = Back { model: &model, file: &file, adapter };
+    let back = Back { model: &model, file: &file, record: &path, adapter };
     back.check(&record).map_err(|error| error.in_file(&path))?;
     let staged = Staged::new(out)?;
     let by_name: BTreeMap<&str, &Changed> =
@@ -80,7 +80,9 @@ pub fn unmerge(merged: &Path, adapter: &Checkpoint, out: &Path, progress: &Progr
 /// What tensors are restored of.
 struct Back<'a> {
     model: &'a Model,
+    /// The record, and where it is.
     file: &'a TensorFile<'static>,
+    record: &'a Path,
     adapter: &'a Checkpoint,
 }
 
@@ -163,7 +165,7 @@ impl Back<'_> {
         let dtype = floating_point(name, at.1.dtype)?;
         let norm_name = format!("{}{NORM}", module.name);
         let norms = has_norms(&module).then(|| Ok(self.file.values(&norm_name)?.0.flatten().to_vec())).transpose();
-        let norms: Option<Vec<f64>> = norms.map_err(|error: Error| error.in_file(Path::new(RECORD_FILE)))?;
+        let norms: Option<Vec<f64>> = norms.map_err(|error: Error| error.in_file(self.record))?;
         let hash = norms.as_ref().map(|norms| sha256(Dtype::F64.encode(norms)));
         if hash != changed.norms_sha256 {
             return Err(changed_since(&norm_name));

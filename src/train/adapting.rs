@@ -64,7 +64,7 @@ const MOST_RANKS: usize = 1 << 16;
 
 /// Modules: a list of names, or one regular expression.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a list of names or one regular expression")]
 pub enum Targets {
     /// A regular expression for whole names.
     Pattern(String),

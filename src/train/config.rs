@@ -6,10 +6,12 @@ use super::{AdapterTable, Decay, OptimiserTable, Schedule};
 use crate::digest::sha256;
 use crate::modules::{Loss, Named, Sequential, Settings};
 use crate::registry::Precision;
+use crate::text_file::{LONGEST_CONFIGURATION, read_text};
 use crate::{Error, Result};
 use rand_pcg::Pcg64;
 use rand_pcg::rand_core::SeedableRng;
 use serde::{Deserialize, Serialize};
+use serde_path_to_error::Segment;
 use std::path::{Path, PathBuf};
 
 /// A run: data, a model, how it is trained, how it is adapted.
@@ -214,16 +216,22 @@ pub struct ReadConfig {
 /// A file that cannot be read or is no TOML; a key that there is not; a value that does not fit (C4): each with its
 /// line.
 pub fn read(path: &Path) -> Result<ReadConfig> {
-    let text = std::fs::read_to_string(path).map_err(|error| Error::io(path, &error))?;
+    let text = read_text(path, LONGEST_CONFIGURATION)?;
     parse(path, text)
 }
 
 pub(crate) fn parse(path: &Path, text: String) -> Result<ReadConfig> {
     let document = toml::Deserializer::parse(&text).map_err(|error| at(path, &text, error.span(), error.message()))?;
     let config: Config = serde_path_to_error::deserialize(document).map_err(|error| {
-        let key = error.path().to_string().replace('[', ".").replace(']', "");
+        let part = |segment: &Segment| match segment {
+            Segment::Map { key } => Some(key.clone()),
+            Segment::Seq { index } => Some(index.to_string()),
+            Segment::Enum { variant } => Some(variant.clone()),
+            Segment::Unknown => None,
+        };
+        let key = error.path().iter().filter_map(part).collect::<Vec<_>>().join(".");
         let inner = error.into_inner();
-        let misfit = Misfit::new(if key == "." { String::new() } else { key }, inner.message());
+        let misfit = Misfit::new(key, inner.message()).with_found(&text);
         // The key says more than the span, which may be that of a whole table.
         if misfit.key.is_empty() { at(path, &text, inner.span(), inner.message()) } else { misfit.within(path, &text) }
     })?;
@@ -363,7 +371,7 @@ impl StageTable {
         for (name, count) in counts {
             // What is counted is counted in 32 bits.
             if let Some(count) = count.filter(|count| !(1..=u32::MAX as usize).contains(count)) {
-                return misfit(name, format!("expected 1 or more, found {count}"));
+                return misfit(name, format!("expected 1 or more, up to {}, found {count}", u32::MAX));
             }
         }
         if self.patience.is_some() && !validated {

@@ -2,7 +2,7 @@
 
 use super::AdapterTable;
 use super::seeds::seed_of;
-use crate::error::check_shape;
+use crate::error::{check_finite, check_shape};
 use crate::modules::{Forward, Module, Named, Parameter, Pass, Sequential, Signal};
 use crate::peft::AdapterConfig;
 use crate::tensor_file::TensorFile;
@@ -106,11 +106,13 @@ impl<T: Scalar> Model<T> {
     ///
     /// # Errors
     ///
-    /// A tensor that is missing or superfluous (C7), or has another shape (C1).
+    /// A tensor that is missing or superfluous (C7), has another shape (C1), or holds a number that is not finite (C2).
     pub fn load(&mut self, file: &TensorFile<'_>) -> Result<()> {
         let mut values = BTreeMap::new();
         for name in file.in_order() {
-            values.insert(name.clone(), file.values(&name)?.0.mapv(T::from_f64));
+            let tensor = file.values(&name)?.0.mapv(T::from_f64);
+            check_finite(&name, tensor.view())?; // C2
+            values.insert(name, tensor);
         }
         let known: BTreeSet<String> = self.parameters().into_iter().map(|parameter| parameter.name).collect();
         if let Some(name) = values.keys().find(|name| !known.contains(*name)) {
@@ -154,7 +156,7 @@ impl<T: Scalar> Model<T> {
         }
         if let Some((name, pattern)) = peft.patterns().find(|(_, pattern)| none(&|name| pattern.is_match(name))) {
             let expected = format!("a pattern that fits some of {}", adapted.join(", "));
-            return Err(Error::Setting { name, expected, found: format!("{:?}", pattern.as_str()) });
+            return Err(Error::Setting { name, expected, found: format!("{:?}", AdapterConfig::written(pattern)) });
         }
         Ok(adapted.len())
     }

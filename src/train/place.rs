@@ -17,6 +17,19 @@ impl Misfit {
         Self { key: key.into(), message: message.into() }
     }
 
+    /// The same with what stands there, where it says no more than what was expected.
+    pub fn with_found(mut self, text: &str) -> Self {
+        const LONGEST: usize = 40;
+        let found = span(text, &self.key).and_then(|span| text.get(span));
+        if let Some(found) = found.filter(|_| self.message.starts_with("expected") && !self.message.contains("found")) {
+            let line = found.split_whitespace().collect::<Vec<_>>().join(" ");
+            let end = line.char_indices().nth(LONGEST).map_or(line.len(), |(end, _)| end);
+            let more = if end < line.len() { "..." } else { "" };
+            self.message += &format!(", found {}{more}", &line[..end]);
+        }
+        self
+    }
+
     /// The complaint with its place in the file.
     pub fn within(self, path: &Path, text: &str) -> Error {
         let Self { key, message } = self;

@@ -8,8 +8,9 @@ use super::fitting::{adapt, check};
 use super::metrics::{Metrics, Record, records};
 use super::place::Misfit;
 use super::stage::{Keeper, Observer, Position, Stage};
-use super::state::{State, save};
+use super::state::{STATE_FILE, State, save};
 use super::{AdapterTable, Evaluation, Model, Prepared};
+use crate::aside::{check_directory, make_directory};
 use crate::digest::hexadecimal;
 use crate::dtype::Dtype;
 use crate::peft;
@@ -133,39 +134,46 @@ pub struct Adapted {
 pub struct Run<'c> {
     config: &'c ReadConfig,
     directory: PathBuf,
-    /// Held as long as the run: two runs do not write into one directory.
-    _lock: File,
+    start: Start,
     trace: usize,
 }
 
 impl<'c> Run<'c> {
-    /// A run that is going to write into this directory.
+    /// A run that is going to write into this directory, once it is known that it can be run.
     ///
     /// # Errors
     ///
-    /// A directory that cannot be made, that another run writes into, or that has something in it where the run begins.
+    /// A directory that has something in it where the run begins; a path that is none of a directory.
     pub fn new(config: &'c ReadConfig, directory: &Path, start: Start) -> Result<Self> {
-        let failed = |error: std::io::Error| Error::io(directory, &error);
-        // A run that was refused before it began has left its lock.
-        let other = |entry: &std::io::Result<std::fs::DirEntry>| {
-            entry.as_ref().map_or(true, |entry| entry.file_name() != LOCK_FILE)
-        };
-        let mut entries = std::fs::read_dir(directory).into_iter().flatten().filter(other);
-        if let (Start::Fresh, Some(entry)) = (start, entries.next()) {
-            let found = entry.map_err(failed)?.file_name();
-            let message = format!(
-                "expected a directory that is empty or not there, found {} (--resume goes on)",
-                found.display()
-            );
-            return Err(Error::File { path: directory.into(), message });
-        }
-        std::fs::create_dir_all(directory).map_err(failed)?;
-        let path = directory.join(LOCK_FILE);
+        let run = Self { config, directory: directory.into(), start, trace: 0 };
+        run.check_directory()?;
+        Ok(run)
+    }
+
+    fn check_directory(&self) -> Result<()> {
+        check_directory(&self.directory)?;
+        let others = std::fs::read_dir(&self.directory).into_iter().flatten();
+        // A lock that is held is found when it is taken; one that is not says nothing.
+        let mut others = others.filter(|entry| entry.as_ref().map_or(true, |entry| entry.file_name() != LOCK_FILE));
+        let (Start::Fresh, Some(entry)) = (self.start, others.next()) else { return Ok(()) };
+        let found = entry.map_err(|error| Error::io(&self.directory, &error))?.file_name();
+        let message =
+            format!("expected a directory that is empty or not there, found {} (--resume goes on)", found.display());
+        Err(Error::File { path: self.directory.clone(), message })
+    }
+
+    /// Makes the directory and takes its lock, which is held as long as the run: two runs do not write into one
+    /// directory.
+    fn begin(&self) -> Result<File> {
+        make_directory(&self.directory)?;
+        let path = self.directory.join(LOCK_FILE);
         let lock = File::create(&path).map_err(|error| Error::io(&path, &error))?;
         if lock.try_lock().is_err() {
             return Err(Error::File { path, message: "expected no other run in this directory, found one".into() });
         }
-        Ok(Self { config, directory: directory.into(), _lock: lock, trace: 0 })
+        // Another may have begun and ended since.
+        self.check_directory()?;
+        Ok(lock)
     }
 
     /// The same, writing the first steps of every stage down for others to repeat: the tensors they start from and the
@@ -178,8 +186,9 @@ impl<'c> Run<'c> {
     ///
     /// # Errors
     ///
-    /// Data that cannot be read or do not fit the model; a loss that diverges; a file that cannot be written; an
-    /// observer that stops it.
+    /// Data or a base that cannot be read or do not fit the model, before anything is written; a directory that cannot be
+    /// made or that another run writes into; a loss that diverges; a file that cannot be written; an observer that stops
+    /// it.
     pub fn finish(&self, observer: &dyn Observer) -> Result<Summary> {
         match self.config.config.dtype {
             Precision::F32 => self.run::<f32>(observer),
@@ -191,8 +200,14 @@ impl<'c> Run<'c> {
         let config = &self.config.config;
         let samples = Samples::<T>::read(self.config)?;
         check(self.config, &samples)?;
+        let begun = self.directory.join(STATE_FILE).exists();
+        let base = config.base.as_ref().filter(|_| !begun).map(|base| self.config.directory().join(base));
+        let base = base.map(|path| self.base_model::<T>(&path)).transpose()?;
         let digest = format!("{}-{}", self.config.digest(), samples.digest());
-        let state = State::<T>::read(&self.directory, &digest)?;
+        self.state::<T>(&digest)?;
+        let _lock = self.begin()?;
+        // Another may have gone on until the lock was free.
+        let state = self.state::<T>(&digest)?;
         let mut keeper = InDirectory::<T> {
             run: self,
             digest,
@@ -227,9 +242,8 @@ impl<'c> Run<'c> {
             keeper.summary.pretrain = Some(self.trained(&stage, &model, &position)?);
             self.write_base(&model)?;
             keeper.next(if config.adapt.is_some() { "adapt" } else { "done" })?;
-        } else if let Some(base) = config.base.as_ref().filter(|_| resumed.is_none()) {
-            let path = self.config.directory().join(base);
-            self.write_base(&self.base_model::<T>(&path)?)?;
+        } else if let Some(base) = base.filter(|_| resumed.is_none()) {
+            self.write_base(&base)?;
         }
         if let (Some(table), Some(adapter)) = (&config.adapt, &config.adapter) {
             let (data, split) = &samples.adapt;
@@ -252,6 +266,20 @@ impl<'c> Run<'c> {
         self.write_results(&keeper.summary)?;
         keeper.next("done")?;
         Ok(keeper.summary)
+    }
+
+    /// The state that there is, if any, once it is known that the run can go on from it.
+    fn state<T: Scalar>(&self, digest: &str) -> Result<Option<State<T>>> {
+        let config = &self.config.config;
+        let state = State::<T>::read(&self.directory, digest)?;
+        if let Some(state) = state.as_ref().filter(|state| !state.trained.is_empty()) {
+            let mut model = Model::<T>::new(&config.model.modules, config.seed)?;
+            if let Some(adapter) = config.adapter.as_ref().filter(|_| state.about.stage == "adapt") {
+                adapt(self.config, &mut model, adapter, config.seed)?;
+            }
+            state.check(&model.trained())?;
+        }
+        Ok(state)
     }
 
     /// The base model from its file.

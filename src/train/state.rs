@@ -7,12 +7,13 @@ use super::optimiser::Optimiser;
 use super::run::Summary;
 use super::stage::{Best, Position};
 use super::{Evaluation, Model};
+use crate::error::check_shape;
 use crate::tensor_file::TensorFile;
 use crate::{Error, Result, Scalar};
 use ndarray::ArrayD;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The file's name in a run's directory.
 pub const STATE_FILE: &str = "state.safetensors";
@@ -73,6 +74,7 @@ pub(super) fn save<T: Scalar>(
 
 /// A state that has been read.
 pub(super) struct State<T> {
+    path: PathBuf,
     pub about: About,
     pub trained: BTreeMap<String, ArrayD<T>>,
     best: BTreeMap<String, ArrayD<T>>,
@@ -97,7 +99,7 @@ impl<T: Scalar> State<T> {
                 "expected the configuration and the data that the run was begun with, found others (begin a new run)";
             return Err(refuse(message.into()));
         }
-        let mut state = Self { about, trained: BTreeMap::new(), best: BTreeMap::new(), memory: BTreeMap::new() };
+        let mut state = Self { path, about, trained: BTreeMap::new(), best: BTreeMap::new(), memory: BTreeMap::new() };
         for name in file.in_order() {
             let values = file.values(&name)?.0.mapv(T::from_f64);
             let kinds = [("trained.", &mut state.trained), ("best.", &mut state.best), ("memory.", &mut state.memory)];
@@ -108,6 +110,31 @@ impl<T: Scalar> State<T> {
             }
         }
         Ok(Some(state))
+    }
+
+    /// Fails unless it is of a model that trains these tensors. C1, C7
+    pub fn check(&self, trained: &BTreeMap<String, ArrayD<T>>) -> Result<()> {
+        let fits = |tensor: String, values: Option<&ArrayD<T>>, like: &ArrayD<T>| {
+            let expected = "a tensor to go on from".into();
+            let values = values.ok_or_else(|| Error::Missing { tensor: tensor.clone(), expected })?; // C7
+            check_shape(&tensor, like.shape(), values.shape()) // C1
+        };
+        let all = || -> Result<()> {
+            for (name, like) in trained {
+                fits(format!("trained.{name}"), self.trained.get(name), like)?;
+                if self.about.best.is_some() {
+                    fits(format!("best.{name}"), self.best.get(name), like)?;
+                }
+            }
+            for (name, values) in &self.memory {
+                let like = name.split_once('.').and_then(|(_, parameter)| trained.get(parameter));
+                let (tensor, reason) = (format!("memory.{name}"), "expected one of what is trained".into());
+                let like = like.ok_or_else(|| Error::Unexpected { tensor: tensor.clone(), reason })?; // C7
+                fits(tensor, Some(values), like)?;
+            }
+            Ok(())
+        };
+        all().map_err(|error| error.in_file(&self.path))
     }
 
     /// What the stage goes on from.

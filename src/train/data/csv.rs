@@ -7,6 +7,7 @@ use crate::{Error, Result};
 use ::csv::{ByteRecord, ReaderBuilder, Trim};
 use ndarray::{ArrayD, IxDyn};
 use serde::{Deserialize, Serialize};
+use std::io::Read;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
@@ -36,10 +37,16 @@ pub enum Task {
     Regression,
 }
 
+/// A table is held as a whole: a small .gz may claim to be as large as any disk.
+const MOST_BYTES: u64 = 1 << 30;
+
 pub(super) fn load(file: &CsvFile, directory: &Path) -> Result<Dataset> {
     let path = directory.join(&file.path);
     let mut bytes = vec![];
-    open(&path)?.0.read_to_end(&mut bytes).map_err(|error| Error::io(&path, &error))?;
+    open(&path)?.0.take(MOST_BYTES + 1).read_to_end(&mut bytes).map_err(|error| Error::io(&path, &error))?;
+    if bytes.len() as u64 > MOST_BYTES {
+        return Err(refuse(&path, format!("expected at most {MOST_BYTES} bytes, found more")));
+    }
     parse(&bytes, file, &path)
 }
 

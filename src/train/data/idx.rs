@@ -1,6 +1,6 @@
 //! Images and labels as MNIST keeps them: a magic number, the lengths of the axes, then bytes.
 
-use super::read::{check_class, count_classes, open, refuse};
+use super::read::{check_class, count_classes, found, open, refuse};
 use super::{Dataset, Features, Targets};
 use crate::{Error, Result};
 use ndarray::{ArrayD, IxDyn};
@@ -53,7 +53,8 @@ fn read<const AXES: usize>(path: &Path, magic: u32) -> Result<([usize; AXES], Ve
     let (mut file, length) = open(path)?;
     let mut word = || {
         let mut bytes = [0; 4];
-        file.read_exact(&mut bytes).map_err(|error| refuse(path, format!("expected a header of IDX: {error}")))?;
+        file.read_exact(&mut bytes)
+            .map_err(|error| refuse(path, format!("expected a header of IDX, {}", found(&error))))?;
         Ok::<u32, Error>(u32::from_be_bytes(bytes))
     };
     let found = word()?;
@@ -133,7 +134,7 @@ mod tests {
                 (&labels, &labels, "expected the magic number 0x803, found 0x801"),
                 (&images, &idx(LABELS, &[1], &[0]), "expected 2 labels, as there are images, found 1"),
                 (&images, &idx(LABELS, &[2], &[0]), "expected 2 bytes for the shape [2], found 1"),
-                (&images, &labels[..3].to_vec(), "expected a header of IDX: failed to fill whole buffer"),
+                (&images, &labels[..3].to_vec(), "expected a header of IDX, found the end of the file"),
                 (&huge, &labels, "for the shape [4294967295, 4294967295, 4294967295], found 1"),
                 (&short, &labels, "expected 1073741824 bytes for the shape [1073741824, 1, 1], found 2"),
                 (&idx(IMAGES, &[0, 1, 1], &[]), &labels, "expected images, found the shape [0, 1, 1]"),

@@ -1,6 +1,6 @@
 //! One array of NumPy: the header is checked against the length before an element is read.
 
-use super::read::shown;
+use super::read::{found, shown};
 use ndarray::{ArrayD, Dimension, IxDyn, ShapeBuilder};
 use std::io::Read;
 
@@ -23,19 +23,21 @@ type Parsed<T> = Result<T, String>;
 /// Reads an array. Nothing grows beyond what is really there, whatever the header claims.
 pub(super) fn array(reader: &mut dyn Read, length: Option<u64>) -> Parsed<Array> {
     let mut magic = [0; 8];
-    reader.read_exact(&mut magic).map_err(|error| format!("expected an array of NumPy: {error}"))?;
+    reader.read_exact(&mut magic).map_err(|error| format!("expected an array of NumPy, {}", found(&error)))?;
     if !magic.starts_with(MAGIC) || !(1..=3).contains(&magic[6]) {
         return Err("expected an array of NumPy (version 1, 2 or 3), found something else".into());
     }
     let mut header_length = [0; 4];
     let width = if magic[6] == 1 { 2 } else { 4 };
-    reader.read_exact(&mut header_length[..width]).map_err(|error| format!("expected a header: {error}"))?;
+    reader.read_exact(&mut header_length[..width]).map_err(|error| format!("expected a header, {}", found(&error)))?;
     let header_length = u64::from(u32::from_le_bytes(header_length));
     if header_length > LONGEST_HEADER {
         return Err(format!("expected a header of at most {LONGEST_HEADER} bytes, found {header_length}"));
     }
     let mut header = vec![0; header_length as usize];
-    reader.read_exact(&mut header).map_err(|error| format!("expected a header of {header_length} bytes: {error}"))?;
+    reader
+        .read_exact(&mut header)
+        .map_err(|error| format!("expected a header of {header_length} bytes, {}", found(&error)))?;
     let header = Header::parse(&String::from_utf8_lossy(&header))?;
 
     let (count, bytes) = header.count_and_bytes()?;
@@ -126,13 +128,17 @@ impl Header {
         };
         let count = self.shape.iter().try_fold(1_u64, |product, &axis| product.checked_mul(axis as u64));
         let bytes = count.and_then(|count| Some((count, count.checked_mul(size)?)));
-        bytes.ok_or_else(|| format!("expected a shape that fits in memory, found {:?}", self.shape))
+        bytes.ok_or_else(|| self.too_large())
+    }
+
+    fn too_large(&self) -> String {
+        format!("expected a shape that fits in memory, found {:?}", self.shape)
     }
 
     /// In the order of C, whatever the file has.
     fn array<E: Clone>(&self, elements: Vec<E>) -> Parsed<ArrayD<E>> {
         let shape = IxDyn(&self.shape).set_f(self.fortran_order);
-        let array = ArrayD::from_shape_vec(shape, elements).map_err(|error| format!("{:?}: {error}", self.shape))?;
+        let array = ArrayD::from_shape_vec(shape, elements).map_err(|_| self.too_large())?;
         Ok(if array.is_standard_layout() { array } else { array.as_standard_layout().into_owned() })
     }
 }
@@ -167,7 +173,7 @@ pub(super) mod tests {
             ),
             (long, "expected a header of at most 10000 bytes, found 4294967295"),
             (b"PK\x03\x04 and more".to_vec(), "expected an array of NumPy (version 1, 2 or 3), found something else"),
-            (vec![], "expected an array of NumPy: failed to fill whole buffer"),
+            (vec![], "expected an array of NumPy, found the end of the file"),
         ] {
             for length in [Some(x.len() as u64), None] {
                 let error = array(&mut &x[..], length).unwrap_err();

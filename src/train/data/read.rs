@@ -26,6 +26,14 @@ pub(super) fn open(path: &Path) -> Result<(Box<dyn Read>, Option<u64>)> {
     Ok((Box::new(file), about.is_file().then_some(about.len())))
 }
 
+/// What was found where a file could not be read on.
+pub(super) fn found(error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::UnexpectedEof => "found the end of the file".into(),
+        _ => format!("found {error}"),
+    }
+}
+
 /// Fails with what was expected unless the label is a class.
 pub(super) fn check_class(label: i64, declared: Option<NonZeroUsize>) -> std::result::Result<(), String> {
     let classes = declared.map_or(MOST_CLASSES, NonZeroUsize::get);

@@ -2,6 +2,7 @@
 
 use super::read::refuse;
 use super::{Dataset, Features, Targets, Vocabulary};
+use crate::text_file::read_text;
 use crate::{Error, Result};
 use ndarray::{ArrayD, IxDyn};
 use std::num::NonZeroUsize;
@@ -47,11 +48,7 @@ pub(super) fn read(files: &TextFiles, directory: &Path) -> Result<Vec<(PathBuf, 
     }
     let last = paths.len().saturating_sub(1);
     let read = |(place, path): (usize, PathBuf)| {
-        let bytes = std::fs::read(&path).map_err(|error| Error::io(&path, &error))?;
-        let mut text = String::from_utf8(bytes).map_err(|error| {
-            let byte = error.utf8_error().valid_up_to();
-            refuse(&path, format!("expected UTF-8, found something else at byte {byte}"))
-        })?;
+        let mut text = read_text(&path, MOST_CHARACTERS as u64)?;
         if place < last && !text.ends_with('\n') {
             text.push('\n');
         }
