@@ -81,11 +81,12 @@ fn blamed(error: &Value, files: &BTreeMap<String, Planted>) -> Vec<(usize, Dropp
             return vec![(*number, Dropped::Unviable(why))];
         }
     }
-    for (planted, span) in &points {
-        let around = planted.places.iter().filter(|(range, _)| within(span, range) || within(range, span));
-        if let Some((_, numbers)) = around.min_by_key(|(range, _)| range.len()) {
-            return numbers.iter().map(|&number| (number, Dropped::Unplanted(why.clone()))).collect();
-        }
-    }
-    vec![]
+    let outside =
+        points.iter().flat_map(|(planted, span)| planted.places.iter().filter(|(range, _)| within(span, range)));
+    let inside =
+        points.iter().flat_map(|(planted, span)| planted.places.iter().filter(|(range, _)| within(range, span)));
+    let innermost =
+        outside.min_by_key(|(range, _)| range.len()).or_else(|| inside.min_by_key(|(range, _)| range.len()));
+    let numbers = innermost.map_or(&[][..], |(_, numbers)| numbers);
+    numbers.iter().map(|&number| (number, Dropped::Unplanted(why.clone()))).collect()
 }

@@ -1,9 +1,9 @@
 //! Every mutant of cargo-mutants in one build: each is planted beside what it replaces, behind a switch that is read from
 //! the environment, so that trying one costs a run and not a build.
 //!
-//! `woracle-mutants TREE LIST RESULTS` works in TREE, a copy of the repository that it changes; LIST is what
+//! `woracle-mutants TREE LIST RESULTS [SAMPLE]` works in TREE, a copy of the repository that it changes; LIST is what
 //! `cargo mutants --list --json` says of it; RESULTS gets a line of JSON for every mutant, and those that are in it already are
-//! not tried again.
+//! not tried again. With SAMPLE only so many are tried, the same ones every time.
 
 mod build;
 mod plant;
@@ -36,13 +36,26 @@ pub struct Mutant {
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [tree, list, results] = arguments.as_slice() else {
-        eprintln!("usage: woracle-mutants TREE LIST RESULTS");
-        std::process::exit(2);
+    let (tree, list, results, sample) = match arguments.as_slice() {
+        [tree, list, results] => (tree, list, results, None),
+        [tree, list, results, sample] => (tree, list, results, Some(sample.parse().expect("SAMPLE: a number"))),
+        _ => {
+            eprintln!("usage: woracle-mutants TREE LIST RESULTS [SAMPLE]");
+            std::process::exit(2);
+        }
     };
     let (tree, results) = (Path::new(tree), Path::new(results));
     let list = std::fs::read_to_string(list).expect("LIST");
-    let mutants: Vec<Mutant> = serde_json::from_str(&list).expect("the list of cargo mutants --list --json");
+    let mut mutants: Vec<Mutant> = serde_json::from_str(&list).expect("the list of cargo mutants --list --json");
+    if let Some(sample) = sample {
+        mutants.sort_by_key(|mutant| hash(&mutant.name));
+        mutants.truncate(sample);
+    }
     let dropped = build::until_it_compiles(tree, &mutants);
     run::all(tree, &mutants, &dropped, results);
+}
+
+/// FNV-1a, which is the same everywhere.
+fn hash(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }

@@ -42,6 +42,8 @@ enum Kind {
     Choice,
     /// Statements before others.
     Insert,
+    /// A function, which stays as it is: what does not fit it is about its value.
+    Function,
 }
 
 /// A file with mutants in it, and where in it which are.
@@ -94,7 +96,7 @@ impl Finder<'_> {
         }
     }
 
-    fn function(&mut self, block: &syn::Block, is_const: bool, visit: impl FnOnce(&mut Self)) {
+    fn function(&mut self, whole: Range<usize>, block: &syn::Block, is_const: bool, visit: impl FnOnce(&mut Self)) {
         let outer = std::mem::replace(&mut self.is_const, is_const);
         let first = block.stmts.first().map(|statement| statement.span().start());
         let mut arms = first.map_or(vec![], |first| self.take("FnValue", first));
@@ -102,6 +104,7 @@ impl Finder<'_> {
             *replacement = format!(" if crate::mutant::active() == {number} {{ return {replacement}; }} ");
         }
         let start = self.range(block).start + 1;
+        self.add(whole, Kind::Function, arms.clone());
         self.add(start..start, Kind::Insert, arms);
         visit(self);
         self.is_const = outer;
@@ -120,16 +123,17 @@ fn binds(expression: &syn::Expr) -> bool {
 
 impl<'ast> Visit<'ast> for Finder<'_> {
     fn visit_item_fn(&mut self, item: &'ast syn::ItemFn) {
-        self.function(&item.block, item.sig.constness.is_some(), |finder| visit::visit_item_fn(finder, item));
+        let (whole, is_const) = (self.range(item), item.sig.constness.is_some());
+        self.function(whole, &item.block, is_const, |finder| visit::visit_item_fn(finder, item));
     }
     fn visit_impl_item_fn(&mut self, item: &'ast syn::ImplItemFn) {
-        self.function(&item.block, item.sig.constness.is_some(), |finder| visit::visit_impl_item_fn(finder, item));
+        let (whole, is_const) = (self.range(item), item.sig.constness.is_some());
+        self.function(whole, &item.block, is_const, |finder| visit::visit_impl_item_fn(finder, item));
     }
     fn visit_trait_item_fn(&mut self, item: &'ast syn::TraitItemFn) {
+        let (whole, is_const) = (self.range(item), item.sig.constness.is_some());
         match &item.default {
-            Some(block) => {
-                self.function(block, item.sig.constness.is_some(), |finder| visit::visit_trait_item_fn(finder, item));
-            }
+            Some(block) => self.function(whole, block, is_const, |finder| visit::visit_trait_item_fn(finder, item)),
             None => visit::visit_trait_item_fn(self, item),
         }
     }
@@ -202,7 +206,7 @@ pub fn plant(text: &str, mutants: &[(usize, &Mutant)]) -> (Planted, BTreeSet<usi
     let missing = mutants.iter().map(|(number, _)| *number).filter(|number| !finder.found.contains(number)).collect();
     // Outer ones first, and what is inserted at a place before what begins there.
     finder.nodes.sort_by(|one, other| {
-        let key = |node: &Node| (node.range.start, node.kind == Kind::Choice, std::cmp::Reverse(node.range.end));
+        let key = |node: &Node| (node.range.start, node.kind != Kind::Insert, std::cmp::Reverse(node.range.end));
         key(one).cmp(&key(other))
     });
     let mut planted = Planted::default();
@@ -229,6 +233,7 @@ fn write(text: &str, range: Range<usize>, nodes: &mut Nodes<'_>, out: &mut Plant
                     out.arms.push((start..out.text.len(), *number));
                 }
             }
+            Kind::Function => write(text, node.range.clone(), nodes, out),
             Kind::Choice => {
                 let others: Vec<String> = numbers.iter().map(|number| format!("other != {number}")).collect();
                 out.text.push_str(&format!("(match crate::mutant::active() {{ other if {} => (", others.join(" && ")));
