@@ -30,6 +30,7 @@ pub mod cases;
 pub mod chart;
 pub mod explain;
 pub mod gradcheck;
+pub mod lock;
 pub mod matmul;
 pub mod mistakes;
 pub mod modules;

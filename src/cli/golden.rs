@@ -1,9 +1,11 @@
 //! `wora golden OUT_DIR [FILTER]`: case files for others, and the manifest of what is in them.
 
-use super::{Outcome, print, progress};
+use super::{Outcome, print, progress, stop_signal};
 use rayon::prelude::*;
 use std::path::{Path, PathBuf};
-use woracle::aside::replace;
+use std::sync::atomic::Ordering;
+use woracle::aside::{remove, replace};
+use woracle::lock::Lock;
 use woracle::oracle::Dtype;
 use woracle::oracle::golden::{Cases, Entry, Manifest, Options, cases};
 use woracle::{Error, Result};
@@ -33,10 +35,17 @@ pub fn run(args: Args) -> Result<Outcome> {
     let options = Options { dtype: args.dtype, seed: args.seed, answers: !args.without_answers };
     let chosen = cases(args.filter.as_deref().unwrap_or(""), options)?;
     let bar = progress(chosen.len());
-    std::fs::create_dir_all(&args.out_dir).map_err(|error| Error::io(&args.out_dir, &error))?;
+    let _lock = Lock::of(&args.out_dir)?;
     refuse_others(&args.out_dir, &chosen)?;
+    // From here to its end no manifest says what is not so, whenever that comes.
+    let (path, stop) = (args.out_dir.join("manifest.json"), stop_signal());
+    remove(&path)?;
     let one = |case: Result<(Entry, Vec<u8>)>| {
         let (entry, bytes) = case?;
+        if stop.load(Ordering::Relaxed) {
+            let message = "interrupted: some cases are not written, nor is the manifest".into();
+            return Err(Error::File { path: args.out_dir.clone(), message });
+        }
         replace(&args.out_dir.join(&entry.file), |out| out.write_all(&bytes))?;
         bar.set_message(entry.file.clone());
         bar.inc(1);
@@ -46,7 +55,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     entries.sort_by(|one, other| one.file.cmp(&other.file));
     bar.finish_and_clear();
     let manifest = Manifest::new(options, entries);
-    replace(&args.out_dir.join("manifest.json"), |out| out.write_all(manifest.to_json().as_bytes()))?;
+    replace(&path, |out| out.write_all(manifest.to_json().as_bytes()))?;
     let count = manifest.cases.len();
     print(&if args.json {
         manifest.to_json().trim_end().to_string()

@@ -22,6 +22,7 @@ use super::place::Misfit;
 use super::run::{Samples, median_milliseconds};
 use super::stage::{Keeper, Observer, Position, Stage};
 use super::{AdapterTable, Evaluation, Model, Prepared, StageTable};
+use crate::lock::Lock;
 use crate::registry::Precision;
 use crate::tensor_file::TensorFile;
 use crate::wora::{Method, NormGradient};
@@ -63,8 +64,10 @@ pub struct Compared {
 ///
 /// # Errors
 ///
-/// As [`Run::finish`](super::Run::finish); a configuration without an adapter.
+/// As [`Run::finish`](super::Run::finish); a configuration without an adapter; a directory that another run writes into.
 pub fn compare(config: &ReadConfig, directory: &Path, observer: &dyn Observer) -> Result<Vec<Compared>> {
+    // Taken before the work: it takes minutes, and its two files are to be of one run.
+    let _lock = Lock::of(directory)?;
     let all = match config.config.dtype {
         Precision::F32 => compare_in::<f32>(config, observer),
         Precision::F64 => compare_in::<f64>(config, observer),
@@ -76,7 +79,6 @@ pub fn compare(config: &ReadConfig, directory: &Path, observer: &dyn Observer) -
         }
         error => error,
     })?;
-    std::fs::create_dir_all(directory).map_err(|error| Error::io(directory, &error))?;
     let json = serde_json::to_string_pretty(&all).expect("plain data") + "\n";
     replace(&directory.join("compare.json"), |out| out.write_all(json.as_bytes()))?;
     let values: Vec<Vec<f64>> = all.iter().map(|one| one.test.iter().map(|test| test.headline().1).collect()).collect();

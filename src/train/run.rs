@@ -10,8 +10,10 @@ use super::place::Misfit;
 use super::stage::{Keeper, Observer, Position, Stage};
 use super::state::{State, save};
 use super::{AdapterTable, Evaluation, Model, Prepared};
+use crate::aside::PREFIX;
 use crate::digest::hexadecimal;
 use crate::dtype::Dtype;
+use crate::lock::Lock;
 use crate::peft;
 use crate::registry::Precision;
 use crate::tensor_file::TensorFile;
@@ -22,14 +24,12 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// What is written into a run's directory.
 const BASE: &str = "base";
 const ADAPTER: &str = "adapter";
 const MERGED: &str = "merged";
-const LOCK_FILE: &str = "run.lock";
 
 /// Whether a run begins or goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,7 +134,7 @@ pub struct Run<'c> {
     config: &'c ReadConfig,
     directory: PathBuf,
     /// Held as long as the run: two runs do not write into one directory.
-    _lock: File,
+    _lock: Lock,
     trace: usize,
 }
 
@@ -146,11 +146,11 @@ impl<'c> Run<'c> {
     /// A directory that cannot be made, that another run writes into, or that has something in it where the run begins.
     pub fn new(config: &'c ReadConfig, directory: &Path, start: Start) -> Result<Self> {
         let failed = |error: std::io::Error| Error::io(directory, &error);
-        // A run that was refused before it began has left its lock.
+        let lock = Lock::of(directory)?;
         let other = |entry: &std::io::Result<std::fs::DirEntry>| {
-            entry.as_ref().map_or(true, |entry| entry.file_name() != LOCK_FILE)
+            entry.as_ref().map_or(true, |entry| !entry.file_name().to_string_lossy().starts_with(PREFIX))
         };
-        let mut entries = std::fs::read_dir(directory).into_iter().flatten().filter(other);
+        let mut entries = std::fs::read_dir(directory).map_err(failed)?.filter(other);
         if let (Start::Fresh, Some(entry)) = (start, entries.next()) {
             let found = entry.map_err(failed)?.file_name();
             let message = format!(
@@ -158,12 +158,6 @@ impl<'c> Run<'c> {
                 found.display()
             );
             return Err(Error::File { path: directory.into(), message });
-        }
-        std::fs::create_dir_all(directory).map_err(failed)?;
-        let path = directory.join(LOCK_FILE);
-        let lock = File::create(&path).map_err(|error| Error::io(&path, &error))?;
-        if lock.try_lock().is_err() {
-            return Err(Error::File { path, message: "expected no other run in this directory, found one".into() });
         }
         Ok(Self { config, directory: directory.into(), _lock: lock, trace: 0 })
     }
