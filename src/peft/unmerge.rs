@@ -1,6 +1,6 @@
 //! The base of a merged model. SPEC.md, section 7.
 
-use super::checkpoint::Checkpoint;
+use super::checkpoint::{ADAPTER_FILE, Checkpoint};
 use super::merge::{Progress, planned};
 use super::model::Model;
 use super::module::{Module, has_norms, in_parallel};
@@ -158,7 +158,8 @@ impl Back<'_> {
         sink: &mut Sink<'_>,
         of_merged: &mut Sha256,
     ) -> Result<()> {
-        let module = Module::new(self.adapter, self.model, module, ZeroNorm::Zero)?;
+        let module = Module::new(self.adapter, self.model, module, ZeroNorm::Zero)
+            .map_err(|error| error.in_file(&self.adapter.directory().join(ADAPTER_FILE)))?;
         let at = self.model.tensor(name)?;
         let dtype = floating_point(name, at.1.dtype)?;
         let norm_name = format!("{}{NORM}", module.name);
