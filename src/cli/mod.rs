@@ -92,7 +92,12 @@ pub fn run() -> ExitCode {
 
 /// Says what is wrong on standard error, in one line.
 fn complain(error: &woracle::Error) {
-    eprintln!("wora: {}", printable(&error.to_string()));
+    say(&error.to_string());
+}
+
+/// A line on standard error. Where that is full or closed there is nobody to tell; the exit code says it.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "wora: {}", printable(line));
 }
 
 /// Text that may come from a file, without control characters: they could break a line or steer a terminal.
@@ -180,7 +185,7 @@ fn counting<'b>(bar: &'b ProgressBar, out: &'b Path) -> impl Fn(u64) -> woracle:
 /// What is to be considered, on standard error.
 fn warn(warnings: impl IntoIterator<Item = String>) {
     for warning in warnings {
-        eprintln!("wora: warning: {}", printable(&warning));
+        say(&format!("warning: {warning}"));
     }
 }
 
