@@ -42,7 +42,7 @@ pub fn unmerge(merged: &Path, adapter: &Checkpoint, out: &Path, progress: &Progr
             "expected one adapter, or a merge with --keep-base, found {count} adapters merged"
         )));
     }
-    let back = Back { model: &model, file: &file, adapter };
+    let back = Back { model: &model, file: &file, path: &path, adapter };
     back.check(&record).map_err(|error| error.in_file(&path))?;
     let staged = Staged::new(out)?;
     let by_name: BTreeMap<&str, &Changed> =
@@ -62,7 +62,10 @@ pub fn unmerge(merged: &Path, adapter: &Checkpoint, out: &Path, progress: &Progr
                     let (back, of) = (&back, planned.clone());
                     of_shard.push(Output {
                         planned,
-                        make: Make::New(Box::new(move |sink| back.write(changed, &of, sink))),
+                        make: Make::New(Box::new(move |sink| {
+                            let written = back.write(changed, &of, sink);
+                            written.map_err(|error| error.in_file(back.model.path_of(&of.name)))
+                        })),
                     });
                 }
             }
@@ -81,6 +84,8 @@ pub fn unmerge(merged: &Path, adapter: &Checkpoint, out: &Path, progress: &Progr
 struct Back<'a> {
     model: &'a Model,
     file: &'a TensorFile<'static>,
+    /// Where that is, for what goes wrong.
+    path: &'a Path,
     adapter: &'a Checkpoint,
 }
 
@@ -113,10 +118,11 @@ impl Back<'_> {
                     return Err(Error::Shape { tensor: kept, expected, found: of_kept.shape.clone() });
                 }
                 let mut of_base = Sha256::new();
-                self.file.in_pieces(&kept, of_kept, |bytes, _| {
+                let read = self.file.in_pieces(&kept, of_kept, |bytes, _| {
                     of_base.update(bytes);
                     sink(bytes)
-                })?;
+                });
+                read.map_err(|error| error.in_file(self.path))?;
                 if Some(hexadecimal(of_base)) != changed.base_sha256 {
                     return Err(changed_since(&kept));
                 }
@@ -164,7 +170,7 @@ impl Back<'_> {
         let dtype = floating_point(name, at.1.dtype)?;
         let norm_name = format!("{}{NORM}", module.name);
         let norms = has_norms(&module).then(|| Ok(self.file.values(&norm_name)?.0.flatten().to_vec())).transpose();
-        let norms: Option<Vec<f64>> = norms.map_err(|error: Error| error.in_file(Path::new(RECORD_FILE)))?;
+        let norms: Option<Vec<f64>> = norms.map_err(|error: Error| error.in_file(self.path))?;
         let hash = norms.as_ref().map(|norms| sha256(Dtype::F64.encode(norms)));
         if hash != changed.norms_sha256 {
             return Err(changed_since(&norm_name));
