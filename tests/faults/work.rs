@@ -255,7 +255,8 @@ impl Attempt<'_> {
     pub fn command_on(&self, input: &Path, more: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_wora"));
         command.env("RAYON_NUM_THREADS", "2").args(self.work.arguments(input, &self.out())).args(more);
-        command.stdout(Stdio::null()).stderr(Stdio::piped());
+        // What it writes into a directory of the system is to be looked at too.
+        command.env("TMPDIR", self.directory.path()).stdout(Stdio::null()).stderr(Stdio::piped());
         command
     }
 
@@ -272,8 +273,7 @@ impl Attempt<'_> {
         let command = self.command_on(&self.work.input(), &[]);
         let mut limited = Command::new("sh");
         limited.args(["-c", &format!("ulimit -f {units}; exec \"$@\""), "sh"]).arg(command.get_program());
-        // What it writes into a directory of the system is to be looked at too.
-        limited.args(command.get_args()).env("TMPDIR", self.directory.path());
+        limited.args(command.get_args()).envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
         Ended::of(limited.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap())
     }
 
@@ -293,7 +293,9 @@ impl Attempt<'_> {
                 }
             }
         }
-        let mut left = BTreeSet::new();
+        let names = std::fs::read_dir(self.directory.path()).unwrap().flatten().map(|entry| entry.file_name());
+        let mut left: BTreeSet<_> =
+            names.map(|name| name.into_string().unwrap()).filter(|name| name != "out").collect();
         add(self.directory.path(), &mut left);
         left
     }
@@ -362,9 +364,9 @@ modules = [
     { name = "fc2", type = "linear", in_features = 32, out_features = 3 },
 ]
 [pretrain]
-steps = 40
+steps = 30
 batch_size = 16
-evaluate_every = 4
+evaluate_every = 3
 optimiser = { type = "adamw", learning_rate = 1e-2 }
 [adapter]
 method = "wora"
@@ -373,16 +375,16 @@ lora_alpha = 4.0
 lora_dropout = 0.1
 target_modules = ["fc1", "fc2"]
 [adapt]
-steps = 40
+steps = 30
 batch_size = 16
-evaluate_every = 4
+evaluate_every = 3
 optimiser = { type = "adamw", learning_rate = 1e-2 }
 [compare]
 seeds = [0]
 "#;
 
 /// Features of a square weight.
-const FEATURES: usize = 192;
+const FEATURES: usize = 160;
 const WEIGHTS: usize = 6;
 const RANK: usize = 4;
 
