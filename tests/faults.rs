@@ -449,9 +449,11 @@ fn of_two_runs_into_one_directory_one_is_whole_and_the_other_says_so() {
     }
 }
 
-/// Sends a signal.
-fn signal(name: &str, child: &Child) {
-    assert!(Command::new("kill").args([name, &child.id().to_string()]).status().unwrap().success());
+/// Sends a signal, unless it has ended.
+fn signal(name: &str, child: &mut Child) {
+    if child.try_wait().unwrap().is_none() {
+        assert!(Command::new("kill").args([name, &child.id().to_string()]).status().unwrap().success());
+    }
 }
 
 /// A run that has been let come to where it writes, unless it has ended.
@@ -463,22 +465,43 @@ fn writing(attempt: &Attempt<'_>) -> Child {
     child
 }
 
+/// A run that stands still, every thread of it; `None` where it ended before.
+#[cfg(target_os = "linux")]
+fn stopped(mut child: Child) -> Option<Child> {
+    signal("-STOP", &mut child);
+    let threads = Path::new("/proc").join(child.id().to_string()).join("task");
+    loop {
+        let states = std::fs::read_dir(&threads).into_iter().flatten().flatten().map(|thread| {
+            let state = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+            // After the name in brackets.
+            state.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('T'))
+        });
+        let states: Vec<bool> = states.collect();
+        if !states.is_empty() && states.iter().all(|&is_stopped| is_stopped) {
+            return Some(child);
+        }
+        if child.try_wait().unwrap().is_some() {
+            return None;
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
 #[test]
 fn while_a_run_writes_another_is_refused_and_disturbs_nothing() {
     for work in [Work::train(0), Work::compare(), Work::golden(1)] {
         // It stands still until the other has been refused; one that has ended before it stands proves nothing.
-        let stopped = (0..50).map(|_| work.attempt()).find_map(|attempt| {
-            let mut child = writing(&attempt);
-            signal("-STOP", &child);
-            child.try_wait().unwrap().is_none().then_some((attempt, child))
+        let standing = (0..50).map(|_| work.attempt()).find_map(|attempt| {
+            let child = stopped(writing(&attempt))?;
+            Some((attempt, child))
         });
-        let (attempt, child) = stopped.expect("one that is stopped while it writes");
+        let (attempt, mut child) = standing.expect("one that is stopped while it writes");
         let there = raw(&attempt.out());
         let ended = attempt.run(&[]);
         ended.complains_of(&attempt.out());
         assert!(ended.stderr.contains("expected no other run in this directory, found one"), "{ended:?}");
         assert!(raw(&attempt.out()) == there, "{}: what the first had written has changed", work.name);
-        signal("-CONT", &child);
+        signal("-CONT", &mut child);
         let ended = Ended::of(child);
         assert!(ended.is_good(), "{}: {ended:?}", work.name);
         assert_eq!((attempt.came(), attempt.left()), (Came::ToTheEnd, Default::default()), "{}", work.name);
@@ -503,8 +526,8 @@ fn cases_whose_writing_is_interrupted_have_no_manifest_and_nothing_beside_them()
     let work = Work::golden(1);
     // One that has ended before the signal comes says nothing.
     let interrupted = (0..50).map(|_| work.attempt()).find_map(|attempt| {
-        let child = writing(&attempt);
-        signal("-TERM", &child);
+        let mut child = writing(&attempt);
+        signal("-TERM", &mut child);
         let ended = Ended::of(child);
         (!ended.is_good()).then_some((attempt, ended))
     });
