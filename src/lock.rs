@@ -85,10 +85,12 @@ mod tests {
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
-                    for _ in 0..5000 {
+                    for _ in 0..20000 {
                         let Ok(_lock) = Lock::of(directory.path()) else { continue };
                         assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "two at once");
                         taken.fetch_add(1, Ordering::SeqCst);
+                        // Long enough for another to come in where it can.
+                        std::thread::yield_now();
                         inside.fetch_sub(1, Ordering::SeqCst);
                     }
                 });
