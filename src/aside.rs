@@ -17,6 +17,10 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
+/// What every name begins with that is gone when a run is over; after a kill such a file or directory may stay, and is
+/// nobody's.
+pub(crate) const PREFIX: &str = ".wora-";
+
 /// A file on its way. Dropped before it is finished, it leaves nothing behind and what was there as it was.
 #[derive(Debug)]
 pub struct Aside {
@@ -45,7 +49,7 @@ impl Aside {
         let mut builder = tempfile::Builder::new();
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let file = builder.prefix(".wora-").tempfile_in(directory).map_err(|error| Error::io(path, &error))?;
+        let file = builder.prefix(PREFIX).tempfile_in(directory).map_err(|error| Error::io(path, &error))?;
         Ok(Self { path: path.into(), file: BufWriter::new(file) })
     }
 
@@ -85,14 +89,16 @@ pub fn check_directory(path: &Path) -> Result<()> {
     }
 }
 
-/// Makes a directory and those that it lies in, where they are not there.
+/// Takes a file away where there is one.
 ///
 /// # Errors
 ///
-/// As [`check_directory`]; what cannot be made.
-pub fn make_directory(path: &Path) -> Result<()> {
-    check_directory(path)?;
-    std::fs::create_dir_all(path).map_err(|error| Error::io(path, &error))
+/// One that cannot be taken away.
+pub fn remove(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, &error)),
+        _ => Ok(()),
+    }
 }
 
 /// Writes a file that is either there as a whole or as it was before.

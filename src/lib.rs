@@ -28,8 +28,12 @@ pub mod bench;
 pub mod case;
 pub mod cases;
 pub mod chart;
+// The command `wora`; its documentation is `--help`.
+#[doc(hidden)]
+pub mod cli;
 pub mod explain;
 pub mod gradcheck;
+pub mod lock;
 pub mod matmul;
 pub mod mistakes;
 pub mod modules;

@@ -1,7 +1,5 @@
 //! The command `wora`.
 
-mod cli;
-
 fn main() -> std::process::ExitCode {
-    cli::run()
+    woracle::cli::run()
 }

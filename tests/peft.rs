@@ -577,22 +577,6 @@ fn a_type_that_does_not_hold_the_result_is_refused_and_zero_rows_are_allowed() {
     assert!(found["fc1.weight"].2[64..128].iter().all(|&byte| byte == 0));
 }
 
-#[cfg(unix)]
-#[test]
-fn a_limit_on_file_sizes_leaves_nothing() {
-    let directory = tempfile::tempdir().unwrap();
-    let (base, adapter) =
-        (text(&fixture("text-dora").join("model.safetensors")), text(&fixture("text-dora").join("adapter")));
-    let out = text(&directory.path().join("out"));
-    let wora = env!("CARGO_BIN_EXE_wora");
-    let script = format!("ulimit -f 4; exec '{wora}' merge --base '{base}' --adapter '{adapter}' --out '{out}'");
-    let run = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
-    let stderr = String::from_utf8(run.stderr).unwrap();
-    assert_eq!((run.status.code(), stderr.lines().count()), (Some(2), 1), "{:?} {stderr}", run.status);
-    assert!(stderr.contains("model.safetensors"), "{stderr}");
-    assert!(entries(directory.path()).is_empty());
-}
-
 /// A base and an adapter, written by hand: LoRA of rank 1 with lora_alpha 1, and these fields beside.
 fn by_hand_in(
     directory: &Path,

@@ -442,24 +442,6 @@ optimiser = { type = "adamw", learning_rate = 1e-3 }
 }
 
 #[test]
-fn two_runs_do_not_write_into_one_directory() {
-    let written = Written::new(&with(SMALL, "epochs = 4", "epochs = 4000"));
-    let out = written.out("run");
-    let mut run = Command::new(env!("CARGO_BIN_EXE_wora"))
-        .args(["train", &written.config(), "--out", out.to_str().unwrap()])
-        .spawn()
-        .unwrap();
-    while !out.join("state.safetensors").exists() {
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    let (code, _, complaint) = written.train(2, "run", &["--resume"]);
-    run.kill().unwrap();
-    run.wait().unwrap();
-    assert_eq!(code, Some(2));
-    assert!(complaint.contains("expected no other run in this directory"), "{complaint}");
-}
-
-#[test]
 fn every_way_is_compared() {
     let written = Written::new(&format!("{SMALL}\n[compare]\nseeds = [0, 1]\n"));
     let out = written.out("compared");

@@ -14,13 +14,10 @@ mod factored;
 mod files;
 mod product;
 
-// Shared with the tests of laws and with the program: a library would have to publish them.
+// Shared with the tests of laws.
 #[allow(dead_code)]
 #[path = "../../tests/any_case/mod.rs"]
 mod any_case;
-#[allow(dead_code)]
-#[path = "../../src/cli/mod.rs"]
-mod cli;
 
 /// A target: whether there was anything in the bytes to try.
 pub type Target = fn(&[u8]) -> bool;

@@ -1,10 +1,10 @@
 //! `wora bench [FILTER]`: how long a training step takes, beside a bare matrix product.
 
 use super::{Outcome, list, on_threads, print, progress, table};
+use crate::bench::{CASES, Timing, time};
+use crate::registry::{Precision, choose};
+use crate::{Error, Result};
 use std::num::NonZeroUsize;
-use woracle::bench::{CASES, Timing, time};
-use woracle::registry::{Precision, choose};
-use woracle::{Error, Result};
 
 /// Time one training step (forward, and every gradient but dW0) of each kind of layer.
 #[derive(clap::Args)]

@@ -1,11 +1,11 @@
 //! `wora check [FILTER]`: the hand-derived backward of every layer and module against its witnesses.
 
 use super::{Outcome, list, mistakes, print, progress, table};
+use crate::Result;
+use crate::gradcheck::{CaseReport, Identity, Options, Verdict, Witness, check_entry};
+use crate::registry::{Entry, choose, entries};
 use rayon::prelude::*;
 use serde_json::json;
-use woracle::Result;
-use woracle::gradcheck::{CaseReport, Identity, Options, Verdict, Witness, check_entry};
-use woracle::registry::{Entry, choose, entries};
 
 /// Check every layer's and module's forward and backward against the definition, differences, dual numbers and identities.
 #[derive(clap::Args)]

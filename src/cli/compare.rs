@@ -2,10 +2,10 @@
 
 use super::train::{Watcher, usual_directory};
 use super::{Outcome, on_threads, print, table};
+use crate::Result;
+use crate::train::compare::{Compared, compare};
+use crate::train::read;
 use std::path::PathBuf;
-use woracle::Result;
-use woracle::train::compare::{Compared, compare};
-use woracle::train::read;
 
 /// Compare full fine-tuning, LoRA, DoRA and WoRA (detached and full norm gradient) over several seeds
 #[derive(clap::Args)]

@@ -1,13 +1,13 @@
 //! `wora explain LAYER`: one forward and backward, line by line, with its numbers.
 
 use super::{Outcome, print};
+use crate::case::Case;
+use crate::explain::{Explanation, Shape, drawn, examples};
+use crate::gradcheck::Verdict;
+use crate::oracle::case_file;
+use crate::registry::{names, specs};
+use crate::{Error, Result};
 use std::path::{Path, PathBuf};
-use woracle::case::Case;
-use woracle::explain::{Explanation, Shape, drawn, examples};
-use woracle::gradcheck::Verdict;
-use woracle::oracle::case_file;
-use woracle::registry::{names, specs};
-use woracle::{Error, Result};
 
 /// Walk through one forward and backward: every line of SPEC.md with its formula, shapes and numbers, the identities with
 /// both sides, and every gradient beside its difference

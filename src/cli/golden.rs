@@ -1,12 +1,14 @@
 //! `wora golden OUT_DIR [FILTER]`: case files for others, and the manifest of what is in them.
 
-use super::{Outcome, print, progress};
+use super::{Outcome, print, progress, stop_signal};
+use crate::aside::{remove, replace};
+use crate::lock::Lock;
+use crate::oracle::Dtype;
+use crate::oracle::golden::{Cases, Entry, Manifest, Options, cases};
+use crate::{Error, Result};
 use rayon::prelude::*;
 use std::path::{Path, PathBuf};
-use woracle::aside::{make_directory, replace};
-use woracle::oracle::Dtype;
-use woracle::oracle::golden::{Cases, Entry, Manifest, Options, cases};
-use woracle::{Error, Result};
+use std::sync::atomic::Ordering;
 
 /// Write case files for another implementation to be checked by, and a manifest of them.
 #[derive(clap::Args)]
@@ -33,10 +35,17 @@ pub fn run(args: Args) -> Result<Outcome> {
     let options = Options { dtype: args.dtype, seed: args.seed, answers: !args.without_answers };
     let chosen = cases(args.filter.as_deref().unwrap_or(""), options)?;
     let bar = progress(chosen.len());
-    make_directory(&args.out_dir)?;
+    let _lock = Lock::of(&args.out_dir)?;
     refuse_others(&args.out_dir, &chosen)?;
+    // From here to its end no manifest says what is not so, whenever that comes.
+    let (path, stop) = (args.out_dir.join("manifest.json"), stop_signal());
+    remove(&path)?;
     let one = |case: Result<(Entry, Vec<u8>)>| {
         let (entry, bytes) = case?;
+        if stop.load(Ordering::Relaxed) {
+            let message = "interrupted: some cases are not written, nor is the manifest".into();
+            return Err(Error::File { path: args.out_dir.clone(), message });
+        }
         replace(&args.out_dir.join(&entry.file), |out| out.write_all(&bytes))?;
         bar.set_message(entry.file.clone());
         bar.inc(1);
@@ -46,7 +55,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     entries.sort_by(|one, other| one.file.cmp(&other.file));
     bar.finish_and_clear();
     let manifest = Manifest::new(options, entries);
-    replace(&args.out_dir.join("manifest.json"), |out| out.write_all(manifest.to_json().as_bytes()))?;
+    replace(&path, |out| out.write_all(manifest.to_json().as_bytes()))?;
     let count = manifest.cases.len();
     print(&if args.json {
         manifest.to_json().trim_end().to_string()

@@ -1,9 +1,9 @@
 //! `wora inspect ADAPTER`: what an adapter in PEFT's files does, module by module.
 
 use super::{Outcome, print, printable, table, warn};
+use crate::Result;
+use crate::peft::{ADAPTER_FILE, Checkpoint, Model, ModuleReport, inspect};
 use std::path::PathBuf;
-use woracle::Result;
-use woracle::peft::{ADAPTER_FILE, Checkpoint, Model, ModuleReport, inspect};
 
 /// Show what an adapter in PEFT's files does: kinds, ranks, scalars, gains, and how much it changes.
 #[derive(clap::Args)]

@@ -1,11 +1,11 @@
 //! `wora merge`: a base model with adapters merged into it.
 
 use super::{Outcome, counting, print, printable, progress_in_bytes, table, warn};
+use crate::oracle::Dtype;
+use crate::peft::{Change, Changed, Checkpoint, MergeOptions, Model, merge, merged_bytes, warnings};
+use crate::wora::ZeroNorm;
+use crate::{Error, Result};
 use std::path::PathBuf;
-use woracle::oracle::Dtype;
-use woracle::peft::{Change, Changed, Checkpoint, MergeOptions, Model, merge, merged_bytes, warnings};
-use woracle::wora::ZeroNorm;
-use woracle::{Error, Result};
 
 /// Merge adapters in PEFT's files into their base model: in float64, rounded once.
 #[derive(clap::Args)]

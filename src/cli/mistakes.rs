@@ -1,12 +1,12 @@
 //! `wora check --mistakes [FILTER]`: the checker on trial.
 
 use super::{Outcome, print, progress, table};
+use crate::Result;
+use crate::gradcheck::{Tried, Witness};
+use crate::mistakes::{MISTAKES, Mistake};
+use crate::registry::{LAYERS, choose};
 use rayon::prelude::*;
 use serde_json::json;
-use woracle::Result;
-use woracle::gradcheck::{Tried, Witness};
-use woracle::mistakes::{MISTAKES, Mistake};
-use woracle::registry::{LAYERS, choose};
 
 fn chosen(filter: &str) -> Result<Vec<&'static Mistake>> {
     let what = "a mistake's id (wora check --mistakes --list)";

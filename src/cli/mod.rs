@@ -19,6 +19,7 @@ use clap::error::ErrorKind as Misuse;
 use clap::{Parser, Subcommand};
 use comfy_table::{ContentArrangement, Table, presets::UTF8_FULL_CONDENSED};
 use indicatif::{ProgressBar, ProgressStyle};
+use std::ffi::OsString;
 use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::process::ExitCode;
@@ -64,10 +65,15 @@ fn outlive_file_size_limit() {
     let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, std::sync::Arc::default());
 }
 
+/// A command line, understood and not run.
+pub fn parse<A: Into<OsString> + Clone>(arguments: impl IntoIterator<Item = A>) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from(arguments)
+}
+
 /// Runs the command line of this process.
 pub fn run() -> ExitCode {
     outlive_file_size_limit();
-    let command = match Cli::try_parse() {
+    let command = match parse(std::env::args_os()) {
         Ok(cli) => cli.command,
         Err(error) => return refuse(&error),
     };
@@ -97,7 +103,12 @@ pub fn run() -> ExitCode {
 
 /// Says what is wrong on standard error, in one line.
 fn complain(error: &dyn std::fmt::Display) {
-    eprintln!("wora: {}", printable(&error.to_string()));
+    say(&error.to_string());
+}
+
+/// A line on standard error. Where that is full or closed there is nobody to tell; the exit code says it.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "wora: {}", printable(line));
 }
 
 /// Says what is wrong with the arguments in one line too; help and version are what was asked for.
@@ -125,18 +136,18 @@ fn printable(text: &str) -> String {
 }
 
 /// Writes to standard output. A reader that has seen enough, as `head` does, is no error.
-fn print(text: &str) -> woracle::Result<()> {
+fn print(text: &str) -> crate::Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.write_all(b"\n")).and_then(|()| out.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(woracle::Error::io("standard output".as_ref(), &error))
+            Err(crate::Error::io("standard output".as_ref(), &error))
         }
         _ => Ok(()),
     }
 }
 
 /// Prints names, one a line or as a JSON array.
-fn list<'a>(names: impl Iterator<Item = &'a str>, as_json: bool) -> woracle::Result<Outcome> {
+fn list<'a>(names: impl Iterator<Item = &'a str>, as_json: bool) -> crate::Result<Outcome> {
     let names: Vec<_> = names.collect();
     print(&if as_json { serde_json::json!(names).to_string() } else { names.join("\n") })?;
     Ok(Outcome::Good)
@@ -173,12 +184,12 @@ fn stop_signal() -> std::sync::Arc<AtomicBool> {
 const MOST_THREADS: usize = 1024;
 
 /// Runs work on so many threads; on all there are where nothing is said.
-fn on_threads<Out: Send>(threads: Option<usize>, work: impl FnOnce() -> Out + Send) -> woracle::Result<Out> {
+fn on_threads<Out: Send>(threads: Option<usize>, work: impl FnOnce() -> Out + Send) -> crate::Result<Out> {
     // Within the pool no product waits for a thread to wake.
     let Some(threads) = threads else { return Ok(rayon::scope(|_| work())) };
     let refuse = |found: String| {
         let expected = format!("a number from 1 to {MOST_THREADS}");
-        woracle::Error::Setting { name: "--threads", expected, found }
+        crate::Error::Setting { name: "--threads", expected, found }
     };
     if !(1..=MOST_THREADS).contains(&threads) {
         return Err(refuse(threads.to_string()));
@@ -189,13 +200,13 @@ fn on_threads<Out: Send>(threads: Option<usize>, work: impl FnOnce() -> Out + Se
 }
 
 /// Counts written bytes on a bar, until a signal asks for an end: what is half written is then taken away.
-fn counting<'b>(bar: &'b ProgressBar, out: &'b Path) -> impl Fn(u64) -> woracle::Result<()> + Sync + 'b {
+fn counting<'b>(bar: &'b ProgressBar, out: &'b Path) -> impl Fn(u64) -> crate::Result<()> + Sync + 'b {
     let stop = stop_signal();
     move |bytes| {
         bar.inc(bytes);
         if stop.load(Ordering::Relaxed) {
             let message = "interrupted, nothing is written".into();
-            return Err(woracle::Error::File { path: out.into(), message });
+            return Err(crate::Error::File { path: out.into(), message });
         }
         Ok(())
     }
@@ -204,7 +215,7 @@ fn counting<'b>(bar: &'b ProgressBar, out: &'b Path) -> impl Fn(u64) -> woracle:
 /// What is to be considered, on standard error.
 fn warn(warnings: impl IntoIterator<Item = String>) {
     for warning in warnings {
-        eprintln!("wora: warning: {}", printable(&warning));
+        say(&format!("warning: {warning}"));
     }
 }
 

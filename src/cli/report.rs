@@ -1,11 +1,10 @@
 //! `wora report OUT.html`: what the oracle finds, as one page.
 
 use super::{Outcome, on_threads, print, progress};
-use std::io::Write;
+use crate::Result;
+use crate::aside::{Aside, replace};
+use crate::report::{Plan, Report};
 use std::path::PathBuf;
-use woracle::aside::Aside;
-use woracle::report::{Plan, Report};
-use woracle::{Error, Result};
 
 /// Check everything and write one page of it: verdicts, V curves, mistakes, training, the plane of alpha and beta
 #[derive(clap::Args)]
@@ -34,7 +33,8 @@ pub fn run(args: Args) -> Result<Outcome> {
     if !args.paths.is_empty() {
         plan.paths = args.paths;
     }
-    let mut page = Aside::of(&args.out)?;
+    // Whether it can be written is found out before the minutes of work, during which nothing lies about.
+    drop(Aside::of(&args.out)?);
     let bar = progress(plan.parts());
     let watch = |what: &str| {
         bar.set_message(what.to_string());
@@ -43,8 +43,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     let report = on_threads(args.threads, || Report::gather(&plan, &watch))?;
     bar.finish_and_clear();
     let report = report?;
-    page.write_all(report.to_html().as_bytes()).map_err(|error| Error::io(&args.out, &error))?;
-    page.finish()?;
+    replace(&args.out, |out| out.write_all(report.to_html().as_bytes()))?;
     print(&if args.json {
         serde_json::to_string(&report).expect("plain data")
     } else {

@@ -1,12 +1,12 @@
 //! `wora train CONFIG.toml`: a base model, an adapter on it, and what came of it.
 
 use super::{Outcome, on_threads, print, stop_signal};
+use crate::Result;
+use crate::train::{Observer, Progress, Run, Start, read};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use woracle::Result;
-use woracle::train::{Observer, Progress, Run, Start, read};
 
 /// Train a model, freeze it, adapt it, and write a PEFT adapter, curves and metrics. Ctrl-C saves and stops.
 #[derive(clap::Args)]

@@ -2,9 +2,9 @@
 
 use super::merge::as_table;
 use super::{Outcome, counting, print, progress_in_bytes};
+use crate::Result;
+use crate::peft::{Checkpoint, MergeOptions, Model, merged_bytes, unmerge};
 use std::path::PathBuf;
-use woracle::Result;
-use woracle::peft::{Checkpoint, MergeOptions, Model, merged_bytes, unmerge};
 
 /// Restore the base of a model that wora has merged.
 #[derive(clap::Args)]

@@ -2,14 +2,14 @@
 //! wrong.
 
 use super::{Outcome, complain, escape, print, printable, progress, table};
+use crate::oracle::diagnose::{self, Candidate, Diagnosis};
+use crate::oracle::verify::{self, TensorVerdict, Tolerance, Verdict};
+use crate::oracle::{CaseFile, case_file};
+use crate::peft::{ADAPTER_FILE, Checkpoint, Model, compare};
+use crate::{Error, Result};
 use indicatif::ProgressBar;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
-use woracle::oracle::diagnose::{self, Candidate, Diagnosis};
-use woracle::oracle::verify::{self, TensorVerdict, Tolerance, Verdict};
-use woracle::oracle::{CaseFile, case_file};
-use woracle::peft::{ADAPTER_FILE, Checkpoint, Model, compare};
-use woracle::{Error, Result};
 
 /// Judge results that another implementation wrote into case files, and name the mistake that explains wrong ones.
 #[derive(clap::Args)]

@@ -17,7 +17,7 @@ use safetensors::tensor::TensorInfo;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 /// How a model is merged.
@@ -75,14 +75,15 @@ impl Plan {
 
     /// Where its values are before they are adapted.
     fn source<'a>(&'a self, model: &'a Model, adapters: &'a [Checkpoint]) -> Result<Source<'a>> {
-        let (name, (file, info)) = match &self.replaced {
-            None => (self.found.name(), model.tensor(self.found.name())?),
+        let (name, path, (file, info)) = match &self.replaced {
+            None => (self.found.name(), model.path_of(self.found.name()).into(), model.tensor(self.found.name())?),
             Some((adapter, name)) => {
                 let file = adapters[*adapter].file();
-                (name.as_str(), (file, file.info(name).expect("a tensor of the adapter")))
+                let path = adapters[*adapter].directory().join(ADAPTER_FILE);
+                (name.as_str(), path, (file, file.info(name).expect("a tensor of the adapter")))
             }
         };
-        Ok(Source { name, file, info })
+        Ok(Source { name, path, file, info })
     }
 
     fn change(&self) -> Change {
@@ -96,9 +97,10 @@ impl Plan {
 }
 
 /// A tensor of some file.
-#[derive(Clone, Copy)]
 struct Source<'a> {
     name: &'a str,
+    /// For what goes wrong.
+    path: PathBuf,
     file: &'a TensorFile<'static>,
     info: &'a TensorInfo,
 }
@@ -301,16 +303,16 @@ impl<'a> Work<'a> {
             sink(bytes)
         };
         let write_new = || match (plan.modules.as_slice(), plan.biases.as_slice()) {
-            ([], []) => self.write_values(source, planned, &mut write),
-            ([], biases) => self.write_bias(source, planned, biases, &mut write),
-            (modules, _) => self.write_weight(source, planned, modules, &mut write),
+            ([], []) => self.write_values(&source, planned, &mut write),
+            ([], biases) => self.write_bias(&source, planned, biases, &mut write),
+            (modules, _) => self.write_weight(&source, planned, modules, &mut write),
         };
         let hash_base = || match &plan.found {
             Found::Tied { .. } => Ok(None),
             Found::Itself(name) => self.hash_base(name).map(Some),
         };
         let (norms, base) = rayon::join(write_new, hash_base);
-        let (norms, base) = (norms?, base?);
+        let (norms, base) = (norms.map_err(|error| error.in_file(&source.path))?, base?);
         let mut learned = self.learned.lock().expect("no thread has failed");
         let mut norms_sha256 = None;
         if let (Some(module), Some(norms)) = (&plan.module, norms) {
@@ -341,12 +343,13 @@ impl<'a> Work<'a> {
         file.in_pieces(name, info, |bytes, _| {
             digest.update(bytes);
             keep.as_mut().map_or(Ok(()), |kept| kept.write(bytes))
-        })?;
+        })
+        .map_err(|error| error.in_file(self.model.path_of(name)))?;
         Ok(hexadecimal(digest))
     }
 
-    fn write_values(&self, source: Source<'_>, planned: &Planned, write: &mut Sink<'_>) -> Result<Option<Vec<f64>>> {
-        let Source { name, file, info } = source;
+    fn write_values(&self, source: &Source<'_>, planned: &Planned, write: &mut Sink<'_>) -> Result<Option<Vec<f64>>> {
+        let Source { name, file, info, .. } = *source;
         file.in_pieces(name, info, |bytes, first| match info.dtype == planned.dtype {
             true => write(bytes),
             false => {
@@ -359,7 +362,7 @@ impl<'a> Work<'a> {
 
     fn write_bias(
         &self,
-        source: Source<'_>,
+        source: &Source<'_>,
         planned: &Planned,
         biases: &[ArrayD<f64>],
         write: &mut Sink<'_>,
@@ -374,7 +377,7 @@ impl<'a> Work<'a> {
     /// Returns the norms of one adapter that has them.
     fn write_weight(
         &self,
-        source: Source<'_>,
+        source: &Source<'_>,
         planned: &Planned,
         modules: &[Module],
         write: &mut Sink<'_>,

@@ -2,7 +2,7 @@
 
 use super::merge::Progress;
 use super::model::{INDEX_FILE, MODEL_FILE, Model, Shard};
-use crate::aside::check_directory;
+use crate::aside::{PREFIX, check_directory};
 use crate::dtype::Dtype;
 use crate::simd::{all_finite, magnitudes};
 use crate::tensor_file::floating_point;
@@ -44,6 +44,22 @@ pub(super) enum Make<'a> {
 /// The outputs of every shard of a model.
 pub(super) type Outputs<'a> = Vec<Vec<Output<'a>>>;
 
+/// Fails if there is something where a directory is to be.
+fn check_vacant(out: &Path) -> Result<()> {
+    let refuse = |found: &dyn std::fmt::Display| {
+        let message = format!("expected a directory that is empty or not there, found {found}");
+        Error::File { path: out.into(), message }
+    };
+    if let Ok(mut entries) = std::fs::read_dir(out) {
+        if let Some(entry) = entries.next() {
+            return Err(refuse(&entry.map_err(|error| Error::io(out, &error))?.file_name().display()));
+        }
+    } else if out.symlink_metadata().is_ok() {
+        return Err(refuse(&"a file"));
+    }
+    Ok(())
+}
+
 /// A directory that takes its name when everything is in it.
 pub(super) struct Staged {
     aside: TempDir,
@@ -55,18 +71,8 @@ impl Staged {
     ///
     /// A directory that has something in it already, or that cannot be made.
     pub fn new(out: &Path) -> Result<Self> {
+        check_vacant(out)?;
         let failed = |error: std::io::Error| Error::io(out, &error);
-        let refuse = |found: &dyn std::fmt::Display| {
-            let message = format!("expected a directory that is empty or not there, found {found}");
-            Error::File { path: out.into(), message }
-        };
-        if let Ok(mut entries) = std::fs::read_dir(out) {
-            if let Some(entry) = entries.next() {
-                return Err(refuse(&entry.map_err(failed)?.file_name().display()));
-            }
-        } else if out.symlink_metadata().is_ok() {
-            return Err(refuse(&"a file"));
-        }
         check_directory(out)?;
         // The directory itself where it is reached by a link, and in full where it is this one.
         let out = std::fs::canonicalize(out).or_else(|_| std::path::absolute(out)).map_err(failed)?;
@@ -75,8 +81,7 @@ impl Staged {
         let mut builder = tempfile::Builder::new();
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-        let aside =
-            builder.prefix(".wora-").tempdir_in(there).map_err(|error| Error::io(there, &error.kind().into()))?;
+        let aside = builder.prefix(PREFIX).tempdir_in(there).map_err(|error| Error::io(there, &error.kind().into()))?;
         Ok(Self { aside, out })
     }
 
@@ -118,24 +123,21 @@ impl Staged {
             let kind = path.extension().map(|extension| extension.to_string_lossy().into_owned());
             let companion = matches!(kind.as_deref(), Some("json" | "txt" | "model" | "jinja" | "md"));
             if companion && path.is_file() && name != INDEX_FILE {
-                std::fs::copy(&path, self.aside.path().join(&name)).map_err(failed)?;
-            }
-            if let (Some(tied), CONFIG_FILE) = (tied, name.as_str()) {
-                self.say_tied(&path, tied)?;
+                let bytes = std::fs::read(&path).map_err(|error| Error::io(&path, &error))?;
+                let changed = tied.filter(|_| name == CONFIG_FILE).and_then(|tied| saying_tied(&bytes, tied));
+                self.write_all(&name, changed.as_deref().unwrap_or(&bytes))?;
             }
         }
         Ok(())
     }
 
-    fn say_tied(&self, path: &Path, tied: bool) -> Result<()> {
-        let failed = |error: std::io::Error| Error::io(path, &error);
-        let text = std::fs::read_to_string(path).map_err(failed)?;
-        let Ok(mut config) = serde_json::from_str::<Map<String, Value>>(&text) else { return Ok(()) };
-        if config.insert(TIE.into(), tied.into()) == Some(tied.into()) {
-            return Ok(());
-        }
-        let text = serde_json::to_string_pretty(&config).expect("plain data") + "\n";
-        std::fs::write(self.aside.path().join(CONFIG_FILE), text).map_err(failed)
+    /// Writes a file whose bytes are there.
+    ///
+    /// # Errors
+    ///
+    /// What cannot be written.
+    pub fn write_all(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        self.write(name, |file| file.write_all(bytes).map_err(|error| Error::io(&self.out.join(name), &error)))
     }
 
     /// Puts the directory in its place.
@@ -148,15 +150,27 @@ impl Staged {
         if let Some(parent) = self.out.parent() {
             std::fs::create_dir_all(parent).map_err(failed)?;
         }
-        // An empty directory of this name makes room.
-        if self.out.is_dir() {
+        // An empty directory of this name makes room, on Unix without a moment at which there is neither.
+        if cfg!(not(unix)) && self.out.is_dir() {
             std::fs::remove_dir(&self.out).map_err(failed)?;
         }
-        std::fs::rename(self.aside.path(), &self.out).map_err(failed)?;
+        std::fs::rename(self.aside.path(), &self.out).or_else(|error| {
+            check_vacant(&self.out)?;
+            Err(failed(error))
+        })?;
         // What was aside is there no more.
         let _ = self.aside.keep();
         Ok(())
     }
+}
+
+/// A model's configuration that says this of its embeddings; `None` where it says so already, or is none.
+fn saying_tied(config: &[u8], tied: bool) -> Option<Vec<u8>> {
+    let mut config: Map<String, Value> = serde_json::from_slice(config).ok()?;
+    if config.insert(TIE.into(), tied.into()) == Some(tied.into()) {
+        return None;
+    }
+    Some((serde_json::to_string_pretty(&config).expect("plain data") + "\n").into_bytes())
 }
 
 /// Writes the weights of a model: as many files as it has, of the same names, and their index.
@@ -189,9 +203,7 @@ pub(super) fn write_model(
         }
         index.insert("weight_map".into(), json!(map));
         let text = serde_json::to_string_pretty(&index).expect("plain data") + "\n";
-        staged.write(INDEX_FILE, |file| {
-            file.write_all(text.as_bytes()).map_err(|error| Error::io(&staged.out.join(INDEX_FILE), &error))
-        })?;
+        staged.write_all(INDEX_FILE, text.as_bytes())?;
     }
     Ok(())
 }
@@ -224,7 +236,8 @@ pub(super) fn write_tensors(
                     let values = floating_point(&planned.name, info.dtype)?.decode(bytes);
                     let dtype = Dtype::of(planned.dtype).expect("a type to round to");
                     sink(&round(&planned.name, dtype, &values, first)?)
-                })?;
+                })
+                .map_err(|error| error.in_file(model.path_of(&planned.name)))?;
             }
         }
     }

@@ -11,7 +11,6 @@ use crate::wora::{Adapter, Base, Config, Layer, SCALE_NAMES};
 use crate::{Error, Result, Scalar};
 use ndarray::{ArcArray, ArrayD, IxDyn};
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::Path;
 
 /// The layer of a module, ready to be trained or used. `settings` are the operator's, which an adapter does not say:
@@ -144,6 +143,6 @@ pub(super) fn write_adapter(
         }
         writer.finish().map(drop).map_err(failed)
     })?;
-    staged.write(CONFIG_FILE, |file| file.write_all(config.to_json().as_bytes()).map_err(failed))?;
+    staged.write_all(CONFIG_FILE, config.to_json().as_bytes())?;
     staged.finish()
 }

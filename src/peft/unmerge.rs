@@ -1,6 +1,6 @@
 //! The base of a merged model. SPEC.md, section 7.
 
-use super::checkpoint::Checkpoint;
+use super::checkpoint::{ADAPTER_FILE, Checkpoint};
 use super::merge::{Progress, planned};
 use super::model::Model;
 use super::module::{Module, has_norms, in_parallel};
@@ -62,7 +62,10 @@ pub fn unmerge(merged: &Path, adapter: &Checkpoint, out: &Path, progress: &Progr
                     let (back, of) = (&back, planned.clone());
                     of_shard.push(Output {
                         planned,
-                        make: Make::New(Box::new(move |sink| back.write(changed, &of, sink))),
+                        make: Make::New(Box::new(move |sink| {
+                            let written = back.write(changed, &of, sink);
+                            written.map_err(|error| error.in_file(back.model.path_of(&of.name)))
+                        })),
                     });
                 }
             }
@@ -115,10 +118,11 @@ impl Back<'_> {
                     return Err(Error::Shape { tensor: kept, expected, found: of_kept.shape.clone() });
                 }
                 let mut of_base = Sha256::new();
-                self.file.in_pieces(&kept, of_kept, |bytes, _| {
+                let read = self.file.in_pieces(&kept, of_kept, |bytes, _| {
                     of_base.update(bytes);
                     sink(bytes)
-                })?;
+                });
+                read.map_err(|error| error.in_file(self.record))?;
                 if Some(hexadecimal(of_base)) != changed.base_sha256 {
                     return Err(changed_since(&kept));
                 }
@@ -160,7 +164,8 @@ impl Back<'_> {
         sink: &mut Sink<'_>,
         of_merged: &mut Sha256,
     ) -> Result<()> {
-        let module = Module::new(self.adapter, self.model, module, ZeroNorm::Zero)?;
+        let module = Module::new(self.adapter, self.model, module, ZeroNorm::Zero)
+            .map_err(|error| error.in_file(&self.adapter.directory().join(ADAPTER_FILE)))?;
         let at = self.model.tensor(name)?;
         let dtype = floating_point(name, at.1.dtype)?;
         let norm_name = format!("{}{NORM}", module.name);

@@ -22,7 +22,7 @@ use super::place::Misfit;
 use super::run::{Samples, median_milliseconds};
 use super::stage::{Keeper, Observer, Position, Stage};
 use super::{AdapterTable, Evaluation, Model, Prepared, StageTable};
-use crate::aside::{check_directory, make_directory};
+use crate::lock::Lock;
 use crate::registry::Precision;
 use crate::tensor_file::TensorFile;
 use crate::wora::{Method, NormGradient};
@@ -64,9 +64,10 @@ pub struct Compared {
 ///
 /// # Errors
 ///
-/// As [`Run::finish`](super::Run::finish); a configuration without an adapter.
+/// As [`Run::finish`](super::Run::finish); a configuration without an adapter; a directory that another run writes into.
 pub fn compare(config: &ReadConfig, directory: &Path, observer: &dyn Observer) -> Result<Vec<Compared>> {
-    check_directory(directory)?;
+    // Taken before the work: it takes minutes, and its two files are to be of one run.
+    let _lock = Lock::of(directory)?;
     let all = match config.config.dtype {
         Precision::F32 => compare_in::<f32>(config, observer),
         Precision::F64 => compare_in::<f64>(config, observer),
@@ -78,7 +79,6 @@ pub fn compare(config: &ReadConfig, directory: &Path, observer: &dyn Observer) -
         }
         error => error,
     })?;
-    make_directory(directory)?;
     let json = serde_json::to_string_pretty(&all).expect("plain data") + "\n";
     replace(&directory.join("compare.json"), |out| out.write_all(json.as_bytes()))?;
     let values: Vec<Vec<f64>> = all.iter().map(|one| one.test.iter().map(|test| test.headline().1).collect()).collect();

@@ -10,9 +10,10 @@ use super::place::Misfit;
 use super::stage::{Keeper, Observer, Position, Stage};
 use super::state::{STATE_FILE, State, save};
 use super::{AdapterTable, Evaluation, Model, Prepared};
-use crate::aside::{check_directory, make_directory};
+use crate::aside::{PREFIX, check_directory};
 use crate::digest::hexadecimal;
 use crate::dtype::Dtype;
+use crate::lock::Lock;
 use crate::peft;
 use crate::registry::Precision;
 use crate::tensor_file::TensorFile;
@@ -23,14 +24,12 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// What is written into a run's directory.
 const BASE: &str = "base";
 const ADAPTER: &str = "adapter";
 const MERGED: &str = "merged";
-const LOCK_FILE: &str = "run.lock";
 
 /// Whether a run begins or goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,25 +151,21 @@ impl<'c> Run<'c> {
 
     fn check_directory(&self) -> Result<()> {
         check_directory(&self.directory)?;
-        let others = std::fs::read_dir(&self.directory).into_iter().flatten();
-        // A lock that is held is found when it is taken; one that is not says nothing.
-        let mut others = others.filter(|entry| entry.as_ref().map_or(true, |entry| entry.file_name() != LOCK_FILE));
-        let (Start::Fresh, Some(entry)) = (self.start, others.next()) else { return Ok(()) };
+        // What a run that was killed has left hinders nobody.
+        let is_result = |entry: &std::io::Result<std::fs::DirEntry>| {
+            entry.as_ref().map_or(true, |entry| !entry.file_name().to_string_lossy().starts_with(PREFIX))
+        };
+        let mut results = std::fs::read_dir(&self.directory).into_iter().flatten().filter(is_result);
+        let (Start::Fresh, Some(entry)) = (self.start, results.next()) else { return Ok(()) };
         let found = entry.map_err(|error| Error::io(&self.directory, &error))?.file_name();
         let message =
             format!("expected a directory that is empty or not there, found {} (--resume goes on)", found.display());
         Err(Error::File { path: self.directory.clone(), message })
     }
 
-    /// Makes the directory and takes its lock, which is held as long as the run: two runs do not write into one
-    /// directory.
-    fn begin(&self) -> Result<File> {
-        make_directory(&self.directory)?;
-        let path = self.directory.join(LOCK_FILE);
-        let lock = File::create(&path).map_err(|error| Error::io(&path, &error))?;
-        if lock.try_lock().is_err() {
-            return Err(Error::File { path, message: "expected no other run in this directory, found one".into() });
-        }
+    /// Takes the directory, as long as the run: two runs do not write into one.
+    fn begin(&self) -> Result<Lock> {
+        let lock = Lock::of(&self.directory)?;
         // Another may have begun and ended since.
         self.check_directory()?;
         Ok(lock)
