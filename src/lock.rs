@@ -6,6 +6,7 @@
 //! let lock = Lock::of(directory.path())?;
 //! let other = Lock::of(directory.path()).err().unwrap().to_string();
 //! assert!(other.ends_with("expected no other run in this directory, found one"), "{other}");
+//! assert!(Lock::check_free(directory.path()).is_err());
 //! drop(lock);
 //! assert!(Lock::of(directory.path()).is_ok());
 //! # Ok::<(), woracle::Error>(())
@@ -38,23 +39,40 @@ impl Lock {
         let made = directory.ancestors().take_while(|part| *part != Path::new("") && !part.exists());
         let made = made.map(Path::to_path_buf).collect();
         std::fs::create_dir_all(directory).map_err(|error| Error::io(directory, &error))?;
-        let path = directory.join(format!("{PREFIX}lock"));
-        let failed = |error: std::io::Error| Error::io(&path, &error);
+        let path = lock_of(directory);
         loop {
-            let file = OpenOptions::new().create(true).write(true).truncate(false).open(&path).map_err(failed)?;
-            file.try_lock().map_err(|error| match error {
-                TryLockError::WouldBlock => {
-                    let message = "expected no other run in this directory, found one".into();
-                    Error::File { path: directory.into(), message }
-                }
-                TryLockError::Error(error) => failed(error),
-            })?;
+            let file = OpenOptions::new().create(true).write(true).truncate(false).open(&path);
+            let file = file.map_err(|error| Error::io(&path, &error))?;
+            take(&file, directory)?;
             // Between opening and locking, whoever held it may have ended and taken the file away: it keeps nobody out then.
             if is_at(&file, &path) {
                 return Ok(Self { path, made, _file: file });
             }
         }
     }
+
+    /// Fails if another run has taken a directory, and takes nothing.
+    ///
+    /// # Errors
+    ///
+    /// A directory that another run has taken.
+    pub fn check_free(directory: &Path) -> Result<()> {
+        File::open(lock_of(directory)).map_or(Ok(()), |file| take(&file, directory))
+    }
+}
+
+fn lock_of(directory: &Path) -> PathBuf {
+    directory.join(format!("{PREFIX}lock"))
+}
+
+fn take(file: &File, directory: &Path) -> Result<()> {
+    file.try_lock().map_err(|error| match error {
+        TryLockError::WouldBlock => {
+            let message = "expected no other run in this directory, found one".into();
+            Error::File { path: directory.into(), message }
+        }
+        TryLockError::Error(error) => Error::io(&lock_of(directory), &error),
+    })
 }
 
 impl Drop for Lock {

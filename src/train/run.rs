@@ -145,12 +145,14 @@ impl<'c> Run<'c> {
     /// A directory that has something in it where the run begins; a path that is none of a directory.
     pub fn new(config: &'c ReadConfig, directory: &Path, start: Start) -> Result<Self> {
         let run = Self { config, directory: directory.into(), start, trace: 0 };
-        run.check_directory()?;
+        check_directory(directory)?;
+        // Another that is at it is no run to go on with.
+        Lock::check_free(directory)?;
+        run.check_vacant()?;
         Ok(run)
     }
 
-    fn check_directory(&self) -> Result<()> {
-        check_directory(&self.directory)?;
+    fn check_vacant(&self) -> Result<()> {
         // What a run that was killed has left hinders nobody.
         let is_result = |entry: &std::io::Result<std::fs::DirEntry>| {
             entry.as_ref().map_or(true, |entry| !entry.file_name().to_string_lossy().starts_with(PREFIX))
@@ -167,7 +169,7 @@ impl<'c> Run<'c> {
     fn begin(&self) -> Result<Lock> {
         let lock = Lock::of(&self.directory)?;
         // Another may have begun and ended since.
-        self.check_directory()?;
+        self.check_vacant()?;
         Ok(lock)
     }
 
