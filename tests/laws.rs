@@ -6,14 +6,17 @@ use any_case::{Choices, any_case};
 use ndarray::{ArrayD, Axis, Slice};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
+use rand::{RngExt, SeedableRng};
+use rand_pcg::Pcg64;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use woracle::Error;
 use woracle::case::{Case, Tensor, Tensors};
 use woracle::gradcheck::{self, Options, TensorReport, check};
 use woracle::oracle::verify::{Tolerance, Verdict, verify};
 use woracle::oracle::{CaseFile, Dtype};
-use woracle::registry::{Precision, Subject};
+use woracle::registry::{LAYERS, Precision, Subject};
 
 type Outcome = Result<(), TestCaseError>;
 
@@ -83,6 +86,20 @@ const MAGNITUDE: &str = "lora_magnitude_vector";
 fn scale(case: &mut Case, tensor: &str, factor: f64) {
     let scaled = values(case, tensor) * factor;
     put(case, tensor, scaled);
+}
+
+/// A law says nothing of cases that are never drawn: every layer's are, and only geometry refuses some.
+#[test]
+fn every_layer_is_drawn_and_only_convolutions_are_refused() {
+    let mut rng = Pcg64::seed_from_u64(0);
+    let mut drawn = BTreeMap::<&str, [usize; 2]>::new();
+    for (index, layer) in LAYERS.iter().enumerate().cycle().take(500) {
+        let bytes: Vec<u8> = std::iter::once(index as u8).chain((0..63).map(|_| rng.random())).collect();
+        drawn.entry(layer.name()).or_default()[usize::from(any_case(&mut Choices::new(&bytes)).is_some())] += 1;
+    }
+    for (layer, [refused, made]) in drawn {
+        assert!(made >= if layer.starts_with("conv") { 30 } else { 100 }, "{layer}: {made} made, {refused} refused");
+    }
 }
 
 /// E9 to E36, E49 to E54: differences, dual numbers, the definition, f32 and the identities that need no step.
