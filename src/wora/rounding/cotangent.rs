@@ -1,10 +1,10 @@
 //! The backward as far as it comes before the weight's: what is made of dy and of the outputs.
 
 use super::{Passes, square};
-use crate::operators::{Operator, channel_products, mix_adjoint_input};
+use crate::operators::{Operator, channel_products, mix_adjoint_input, mix_into};
 use crate::wora::passes::{column_sums, feature_products};
 use crate::wora::{Direction, Gradients, NormAxis};
-use ndarray::{Array1, Array3, ArrayD, Axis, Zip};
+use ndarray::{Array1, Array3, ArrayD, Axis};
 
 /// The backward, as far as it comes before the weight's.
 pub(super) struct Cotangent {
@@ -13,7 +13,7 @@ pub(super) struct Cotangent {
     pub chain: f64,
     /// `[outer, units, inner]`
     pub dy_sq: Array3<f64>,
-    /// The sums of dy^2 P^2 and dy^2 Z^2 over a unit's outputs: `[units]`
+    /// The sums of dy^2 P^2 and of dy^2 (Z^2 + B^2 U^2) over a unit's outputs: `[units]`
     pub p_terms: Array1<f64>,
     pub z_terms: Array1<f64>,
     /// T = H B, stored, and its error: `[outer, rank, inner]`
@@ -34,12 +34,12 @@ impl Cotangent {
         let (dy, groups) = (passes.dy(), layer.operator.groups());
         let outputs = dy.len_of(Axis(0)) * dy.len_of(Axis(2));
         let chain = passes.storage.of_sum(outputs);
-        let of_unit = |values: &Array3<f64>| {
-            let terms = Zip::from(&dy).and(values).par_map_collect(|dy, value| dy * value);
-            channel_products(terms.view(), terms.view())
-        };
-        let (p_terms, z_terms) = (of_unit(&cache.base_output), of_unit(&passes.mixed));
-        let dy_sq = square(&dy);
+        let (dy_sq, mut lora_sq) = (square(&dy), square(&passes.mixed));
+        let mut apart = Array3::zeros(lora_sq.dim());
+        mix_into(apart.view_mut(), square(&layer.b()).view(), square(&cache.lora_output).view(), groups);
+        lora_sq += &apart;
+        let p_terms = channel_products(dy_sq.view(), square(&cache.base_output).view());
+        let z_terms = channel_products(dy_sq.view(), lora_sq.view());
         let gained = &layer.b() * &passes.gain_out.view().insert_axis(Axis(1));
         let t = mix_adjoint_input(gained.view(), dy.view(), groups);
         let t_terms = mix_adjoint_input(square(&gained).view(), dy_sq.view(), groups);
