@@ -1,10 +1,12 @@
 //! `wora explain`: what it says of every layer, how it reads, and what it says to those who ask for what there is not.
 
 use assert_cmd::Command;
+use std::collections::BTreeSet;
 use std::fs;
 use woracle::explain::{Chapter, Explanation, Shape, Walk, drawn, examples};
 use woracle::gradcheck::Verdict;
 use woracle::registry::{LAYERS, Precision, specs};
+use woracle::wora::{Method, NormAxis};
 
 fn wora(arguments: &[&str]) -> std::process::Output {
     Command::cargo_bin("wora").expect("the command").args(arguments).output().expect("a run")
@@ -153,4 +155,94 @@ fn what_cannot_be_explained_gets_one_line() {
         assert_eq!(output.status.code(), Some(2), "{arguments:?}: {line}");
         assert!(line.contains(expected) && line.trim_end().lines().count() == 1, "{arguments:?}: {line}");
     }
+}
+
+/// E13, E44, E39 and E47 of what is shown: y is W' on the columns X, and C is W'^T on dy, group by group.
+#[test]
+fn columns_lie_between_x_and_y() {
+    let [mut outputs, mut gradients] = [0, 0];
+    for (subject, spec) in specs() {
+        let case = subject.draw(spec, 2);
+        let Ok(walk) = Walk::of(&case) else { continue };
+        let shown = |quantity| walk.last(quantity, &[Chapter::Definition, Chapter::DefinitionBackward]);
+        // The whole of x under a mask is not among the columns.
+        let (Some(x), false) = (shown("X"), case.tensors.contains_key("dropout_mask")) else { continue };
+        let [outer, all, inner] = *x.values.shape() else { panic!("{:?}", x.values.shape()) };
+        let weight = &shown("W'").expect("W'").values;
+        let (units, fan_in) = (weight.shape()[0], weight.shape()[1]);
+        let in_group = units / (all / fan_in);
+        let bias = case.optional("base.bias").expect("values");
+        let y: Vec<f64> = shown("y").expect("y").values.iter().copied().collect();
+        let dy: Vec<f64> = case.values("grad.y").expect("dy").iter().copied().collect();
+        // An embedding's outputs lie as `[outer, units]`, as others' with one place each.
+        let at = |i: usize, unit: usize, j: usize| (i * units + unit) * inner + j;
+        assert_eq!(y.len(), outer * units * inner);
+        for i in 0..outer {
+            for j in 0..inner {
+                for unit in 0..units {
+                    let first = unit / in_group * fan_in;
+                    let sum: f64 = (0..fan_in).map(|k| weight[[unit, k]] * x.values[[i, first + k, j]]).sum();
+                    let expected = sum + bias.as_ref().map_or(0.0, |bias| bias[[unit]]);
+                    assert!((y[at(i, unit, j)] - expected).abs() < 1e-12, "{}", spec.name);
+                    outputs += 1;
+                }
+                let Some(c) = shown("C") else { continue };
+                for row in 0..all {
+                    let group = row / fan_in;
+                    let of_group = group * in_group..(group + 1) * in_group;
+                    let expected: f64 = of_group.map(|unit| weight[[unit, row % fan_in]] * dy[at(i, unit, j)]).sum();
+                    assert!((c.values[[i, row, j]] - expected).abs() < 1e-12, "{}", spec.name);
+                    gradients += 1;
+                }
+            }
+        }
+    }
+    assert!(outputs > 1000 && gradients > 1000, "{outputs} outputs, {gradients} gradients of columns");
+}
+
+/// Every line that can be told is, and those of the learned scalars where there are any.
+#[test]
+fn every_line_is_shown() {
+    let mut shown = BTreeSet::new();
+    for (subject, spec) in specs() {
+        let Ok(walk) = Walk::of(&subject.draw(spec, 3)) else { continue };
+        for chapter in Chapter::ALL {
+            let steps: Vec<_> = walk.steps.iter().filter(|step| step.chapter == chapter).collect();
+            let wanted = spec.config.method == Method::Wora && steps.iter().any(|step| step.quantity == "dB");
+            for scalar in ["dalpha", "dbeta"] {
+                let told = steps.iter().any(|step| step.quantity == scalar);
+                assert_eq!(told, wanted, "{scalar} in {chapter:?} of {}", spec.name);
+            }
+        }
+        shown
+            .extend(walk.steps.iter().map(|step| format!("{:?}, {:?}, {:?}", step.chapter, step.label, step.quantity)));
+    }
+    let listed = include_str!("../src/explain/lines.rs").lines().filter_map(|line| line.trim().strip_prefix("line("));
+    let listed: Vec<&str> = listed.collect();
+    assert!(listed.len() > 40);
+    for line in listed {
+        let start = line.splitn(4, ", ").take(3).collect::<Vec<_>>().join(", ");
+        // A quantity such as <W0, BA> has a comma of its own.
+        assert!(shown.iter().any(|shown| shown.starts_with(&start)), "{line}");
+    }
+}
+
+/// E18: H, which no result is made of in every case.
+#[test]
+fn the_gained_cotangent_is_what_it_says() {
+    let mut compared = 0;
+    for (subject, spec) in specs() {
+        let case = subject.draw(spec, 4);
+        let Ok(walk) = Walk::of(&case) else { continue };
+        let Some(h) = walk.last("H", &[Chapter::FactoredBackward]) else { continue };
+        let dy = case.values("grad.y").expect("dy");
+        let gain = walk.last("g", &[Chapter::Factored]).filter(|_| spec.config.norm_axis == NormAxis::Output);
+        let [_, units, inner] = *h.values.shape() else { panic!("{:?}", h.values.shape()) };
+        for (at, (h, dy)) in h.values.iter().zip(dy.iter()).enumerate() {
+            let gain = gain.map_or(1.0, |gain| gain.values[[at / inner % units]]);
+            assert!((h - gain * dy).abs() <= 1e-14 * h.abs(), "{}", spec.name);
+            compared += 1;
+        }
+    }
+    assert!(compared > 1000);
 }

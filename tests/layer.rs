@@ -5,7 +5,7 @@ use ndarray::{Array, ArrayD, Axis, Dimension, IxDyn, array};
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
-use woracle::case::{Case, Tensors};
+use woracle::case::{Case, Tensor, Tensors};
 use woracle::cases::{LINEAR, Spec};
 use woracle::matmul::PARALLEL_FLOPS;
 use woracle::operators::Linear;
@@ -369,6 +369,52 @@ fn what_the_base_weight_is_kept_with_is_taken_from_the_weight_given() {
     assert_abs_diff_eq!(direction.weight_norm, merged.weight_norm.expect("norms"), epsilon = 1e-13);
 }
 
+/// C11: each square is a number, as the norm is, and their sum is none.
+#[test]
+fn squares_whose_sum_overflows_are_refused() {
+    let operator = Linear { in_features: 2, out_features: 1, fan_in_fan_out: false };
+    let size = 1.5e19_f32;
+    let base = Base { weight: (array![[1.0, 0.0]] * size).into_dyn().into(), bias: None };
+    let config = Config { norm_gradient: NormGradient::Full, ..Config::new(Method::Wora, 1.0) };
+    let adapter = Adapter {
+        lora_a: array![[-0.75, 0.66]].into_dyn(),
+        lora_b: array![[size]].into_dyn(),
+        magnitude: Some(array![1.0].into_dyn()),
+        alpha: Some(ndarray::arr0(1.0).into_dyn()),
+        beta: Some(ndarray::arr0(1.0).into_dyn()),
+    };
+    let layer = Layer::new(operator, config, base, adapter).expect("a layer");
+    let (y, cache) = layer.forward(array![[1.0, 1.0]].into_dyn().into(), None).expect("y");
+    let refused = layer.backward(cache, y.view(), RequiresGrad::ALL).expect_err("no such square");
+    assert!(matches!(refused, Error::Range { unit: 0, .. }), "{refused}");
+}
+
+/// E10: of the definition too.
+#[test]
+fn the_definition_finds_the_norm_of_a_huge_weight() {
+    let small = |case: &Case, subject: &dyn Subject| subject.terms(case).is_ok_and(|terms| terms < 10_000);
+    let cases = every_case(3).filter(|(subject, spec, case)| spec.config.has_norm() && small(case, *subject));
+    for (subject, spec, case) in cases {
+        for size in [2f64.powi(700), 2f64.powi(-700)] {
+            let mut scaled = case.clone();
+            let [_, name_b] = subject.lora_names();
+            for name in ["base.weight", name_b] {
+                let values = case.values(name).expect("a tensor").mapv(|value| value * size);
+                scaled.tensors.insert(name.into(), Tensor::Float(values.into()));
+            }
+            scaled.tensors.remove("grad.y");
+            scaled.settings.insert("norm_eps".into(), 0.0.into());
+            let mut plain = case.clone();
+            plain.settings.insert("norm_eps".into(), 0.0.into());
+            let [found, expected] = [&scaled, &plain].map(|case| match subject.define(case) {
+                Ok(mut results) => results.remove("weight_norm"),
+                Err(_) => None,
+            });
+            assert_eq!(found, expected.map(|norms| norms * size), "{}", spec.name);
+        }
+    }
+}
+
 /// C1, C7, C8.
 #[test]
 fn shapes_and_methods_that_do_not_fit_are_refused_by_name() {
@@ -390,6 +436,7 @@ fn shapes_and_methods_that_do_not_fit_are_refused_by_name() {
     expect(refused(wora, &|_, a| a.lora_a = zeros(&[])), "lora_A: expected shape [rank, 7], rank 1 or more");
     expect(refused(wora, &|_, a| a.lora_b = zeros(&[3, 5])), "lora_B: expected shape [5, 3], found [3, 5]");
     expect(refused(wora, &|_, a| a.magnitude = Some(zeros(&[5, 1]))), "lora_magnitude_vector: expected shape [5]");
+    expect(refused(wora, &|_, a| a.magnitude = Some(zeros(&[1, 5]))), "lora_magnitude_vector: expected shape [5]");
     expect(refused(wora, &|_, a| a.magnitude = None), "lora_magnitude_vector: expected a tensor");
     expect(refused(wora, &|_, a| a.beta = None), "lora_wora_beta: expected a tensor");
     expect(refused(wora, &|_, a| a.alpha = Some(zeros(&[1]))), "lora_wora_alpha: expected shape []");
@@ -553,7 +600,9 @@ proptest! {
 }
 
 #[test]
-fn scalars_say_what_they_are() {
+fn methods_and_scalars_say_what_they_are() {
+    let names = [Method::Lora, Method::Dora, Method::Wora].map(|method| method.to_string());
+    assert_eq!(names, ["LoRA", "DoRA", "WoRA"]);
     assert_eq!((f32::NAME, f64::NAME), ("f32", "f64"));
     assert_eq!(1.0 + f64::UNIT_ROUNDOFF, 1.0);
     assert_eq!(1.0f32 + f32::from_f64(f32::UNIT_ROUNDOFF), 1.0);

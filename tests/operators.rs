@@ -6,7 +6,8 @@ use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 use woracle::case::{Case, Tensor};
 use woracle::operators::{
-    Conv, Conv1d, Conv2d, Conv3d, ConvSettings, Embedding, EmbeddingSettings, Extents, Ids, Operator,
+    Conv, Conv1d, Conv2d, Conv3d, ConvSettings, Embedding, EmbeddingSettings, Extents, Ids, Input, Linear,
+    LinearSettings, Operator,
 };
 use woracle::operators::{Padding, PaddingMode, PaddingWord};
 use woracle::registry::{Precision, layer};
@@ -257,6 +258,59 @@ fn same_padding_keeps_the_size_for_even_kernels_too() {
     }
 }
 
+/// An even kernel reads further behind an input than before it, whatever lies there.
+#[test]
+fn uneven_padding_reads_what_its_mode_says() {
+    let rng = &mut Pcg64::seed_from_u64(4);
+    for padding_mode in [PaddingMode::Zeros, PaddingMode::Reflect, PaddingMode::Replicate, PaddingMode::Circular] {
+        for (groups, per_group, units) in [(1, 16, 17), (3, 1, 1), (1, 2, 3)] {
+            let settings =
+                ConvSettings { padding: Padding::Word(PaddingWord::Same), groups, padding_mode, ..Default::default() };
+            let weight = random(&[units * groups, per_group, 2, 4], rng);
+            let x = random(&[2, per_group * groups, 5, 6], rng);
+            let conv = Conv2d::from_weight_shape(settings, weight.shape()).expect("a convolution");
+            let y = apply(&conv, &x, &weight);
+            let around = padded(&x, &[(0, 1), (1, 2)], padding_mode);
+            let expected = naive_conv2d(&around, &weight, [1, 1], [1, 1], groups);
+            assert_eq!(y.shape(), expected.shape());
+            assert!(y.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-12), "{padding_mode:?}");
+            let dy = random(y.shape(), rng);
+            let of_units = dy.view().into_shape_with_order((2, units * groups, 30)).expect("[outer, units, inner]");
+            let input: CowArray<'_, f64, IxDyn> = x.view().into();
+            let matrix = conv.weight_matrix(weight.view());
+            let dx = conv.adjoint_input(&input, &[(of_units, matrix)]).expect("values");
+            let dw = conv.adjoint_weight(&input, of_units);
+            let value = inner(&dy, &expected);
+            assert!((value - inner(&dx, &x)).abs() < 1e-11, "{padding_mode:?}");
+            assert!((value - inner(&dw.into_dyn(), &matrix.to_owned().into_dyn())).abs() < 1e-11, "{padding_mode:?}");
+        }
+    }
+}
+
+/// C1.
+#[test]
+fn a_weight_without_rows_or_columns_is_refused() {
+    for shape in [[0, 3], [3, 0], [0, 0]] {
+        for fan_in_fan_out in [false, true] {
+            let message = Linear::from_weight_shape(LinearSettings { fan_in_fan_out }, &shape).expect_err("refused");
+            let order = if fan_in_fan_out { "[in, out]" } else { "[out, in]" };
+            let expected = format!("base.weight: expected shape {order}, neither 0, found {shape:?}");
+            assert_eq!(message.to_string(), expected);
+        }
+        let message = Embedding::from_weight_shape(EmbeddingSettings::default(), &shape).expect_err("refused");
+        let expected = "base.weight: expected shape [num_embeddings, embedding_dim], neither 0, found";
+        assert!(message.to_string().starts_with(expected), "{message}");
+    }
+}
+
+#[test]
+fn some_units_of_an_operator_read_what_all_do() {
+    let linear = Linear { in_features: 4, out_features: 7, fan_in_fan_out: true };
+    assert_eq!(linear.of_units(3), Some(Linear { out_features: 3, ..linear }));
+    let conv = Conv1d::from_weight_shape(ConvSettings::default(), &[4, 2, 3]).expect("a convolution");
+    assert!(conv.of_units(2).is_none_or(|some| some.units() == 2 && some.fan_in() == conv.fan_in()));
+}
+
 /// C10.
 #[test]
 fn geometry_that_cannot_be_says_which_number_is_wrong() {
@@ -293,6 +347,11 @@ fn geometry_that_cannot_be_says_which_number_is_wrong() {
         (r#"{"groups":0}"#, &[1, 2, 5, 5], &["groups: expected a divisor", "found 0"]),
         (r#"{"padding":"same","stride":2}"#, &[1, 2, 5, 5], &["padding: expected numbers", "stride 1"]),
         (r#"{"dilation":9999999999999}"#, &[1, 2, 5, 5], &["dilation: expected numbers up to"]),
+        (r#"{"padding":4294967296}"#, &[1, 2, 5, 5], &["padding: expected numbers up to 4294967295, found"]),
+        // The largest number that can be told, and a y with more numbers than can be counted.
+        (r#"{"padding":4294967295}"#, &[1, 2, 5, 5], &["padding: expected so little that y can be held in memory"]),
+        // A y whose bytes can be counted, but are more than have an address.
+        (r#"{"padding":319000000}"#, &[1, 2, 5, 5], &["so little that y", "of shape [1, 4, 638000003, 638000003]"]),
     ] {
         let message = conv(json, weight, x);
         assert!(fragments.iter().all(|fragment| message.contains(fragment)), "{json} {x:?}: {message}");
@@ -312,6 +371,8 @@ fn an_embedding_refuses_what_it_cannot_look_up() {
         let message = embedding.output_shape::<f64>(&Ids::new(&ids.into_dyn())).expect_err("refused").to_string();
         assert_eq!(message, fragments);
     }
+    let ids = Ids::new(&ndarray::array![[0, 4, 1], [3, 2, 1]].into_dyn());
+    assert_eq!(Input::<f64>::shape(&ids), [2, 3]);
     let refused = |settings| Embedding::from_weight_shape(settings, &[5, 2]).expect_err("refused").to_string();
     let message = refused(EmbeddingSettings { max_norm: Some(1.0), ..Default::default() });
     assert!(message.starts_with("setting max_norm: expected none (") && message.ends_with("found 1"), "{message}");
