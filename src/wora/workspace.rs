@@ -55,3 +55,27 @@ impl<T: Scalar> Workspace<T> {
         self.free.lock().unwrap_or_else(PoisonError::into_inner).push(array.into_raw_vec_and_offset().0);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::{Array1, Array2, Ix1, Ix2};
+
+    #[test]
+    fn memory_goes_to_whoever_needs_half_of_it_or_more() {
+        let workspace = Workspace::<f64>::default();
+        let ten = Array1::from_elem(10, 1.0);
+        let memory = ten.as_ptr();
+        workspace.recycle(ten);
+        for too_much_or_too_little in [11, 4] {
+            let fresh: Array1<f64> = workspace.array(Ix1(too_much_or_too_little));
+            assert_eq!(fresh, Array1::<f64>::zeros(too_much_or_too_little));
+            assert_ne!(fresh.as_ptr(), memory);
+        }
+        let half: Array1<f64> = workspace.array(Ix1(5));
+        assert_eq!((half.as_ptr(), half.len()), (memory, 5));
+        workspace.recycle(Array1::from_elem(10, 1.0));
+        let whole: Array2<f64> = workspace.array(Ix2(2, 5));
+        assert_eq!(whole, Array2::ones((2, 5)));
+    }
+}

@@ -1,4 +1,4 @@
-//! Mutants beside what they replace: `(match active() { other if not a mutant of this place => (original), 17 => (mutated), .. })`.
+//! Mutants beside what they replace: `(match active() { mutant if none of this place => (original), 17 => (mutated), .. })`.
 
 use crate::{Mutant, Place};
 use proc_macro2::LineColumn;
@@ -96,19 +96,43 @@ impl Finder<'_> {
         }
     }
 
-    fn function(&mut self, whole: Range<usize>, block: &syn::Block, is_const: bool, visit: impl FnOnce(&mut Self)) {
-        let outer = std::mem::replace(&mut self.is_const, is_const);
+    fn function(
+        &mut self,
+        whole: Range<usize>,
+        signature: &syn::Signature,
+        block: &syn::Block,
+        visit: impl FnOnce(&mut Self),
+    ) {
+        let outer = std::mem::replace(&mut self.is_const, signature.constness.is_some());
         let first = block.stmts.first().map(|statement| statement.span().start());
         let mut arms = first.map_or(vec![], |first| self.take("FnValue", first));
+        let result = block.stmts.last().filter(|_| is_some_iterator(&signature.output));
         for (number, replacement) in &mut arms {
-            *replacement = format!(" if crate::mutant::active() == {number} {{ return {replacement}; }} ");
+            let active = format!("crate::mutant::active() == {number}");
+            *replacement = match result {
+                // There can be one type: all of its own items or none of them, and then none or the other's.
+                Some(_) => format!(
+                    ".take(if {active} {{ 0 }} else {{ usize::MAX }}).chain(({replacement}).take(({active}) as usize))"
+                ),
+                None => format!(" if {active} {{ return {replacement}; }} "),
+            };
         }
-        let start = self.range(block).start + 1;
+        let at = result.map_or(self.range(block).start + 1, |result| self.range(result).end);
         self.add(whole, Kind::Function, arms.clone());
-        self.add(start..start, Kind::Insert, arms);
+        self.add(at..at, Kind::Insert, arms);
         visit(self);
         self.is_const = outer;
     }
+}
+
+/// Whether a function returns an iterator of a type without a name.
+fn is_some_iterator(output: &syn::ReturnType) -> bool {
+    let syn::ReturnType::Type(_, output) = output else { return false };
+    let syn::Type::ImplTrait(output) = output.as_ref() else { return false };
+    output.bounds.iter().any(|bound| match bound {
+        syn::TypeParamBound::Trait(bound) => bound.path.segments.last().is_some_and(|last| last.ident == "Iterator"),
+        _ => false,
+    })
 }
 
 /// Whether a condition binds names: its parts cannot be moved.
@@ -123,17 +147,17 @@ fn binds(expression: &syn::Expr) -> bool {
 
 impl<'ast> Visit<'ast> for Finder<'_> {
     fn visit_item_fn(&mut self, item: &'ast syn::ItemFn) {
-        let (whole, is_const) = (self.range(item), item.sig.constness.is_some());
-        self.function(whole, &item.block, is_const, |finder| visit::visit_item_fn(finder, item));
+        let whole = self.range(item);
+        self.function(whole, &item.sig, &item.block, |finder| visit::visit_item_fn(finder, item));
     }
     fn visit_impl_item_fn(&mut self, item: &'ast syn::ImplItemFn) {
-        let (whole, is_const) = (self.range(item), item.sig.constness.is_some());
-        self.function(whole, &item.block, is_const, |finder| visit::visit_impl_item_fn(finder, item));
+        let whole = self.range(item);
+        self.function(whole, &item.sig, &item.block, |finder| visit::visit_impl_item_fn(finder, item));
     }
     fn visit_trait_item_fn(&mut self, item: &'ast syn::TraitItemFn) {
-        let (whole, is_const) = (self.range(item), item.sig.constness.is_some());
+        let whole = self.range(item);
         match &item.default {
-            Some(block) => self.function(whole, block, is_const, |finder| visit::visit_trait_item_fn(finder, item)),
+            Some(block) => self.function(whole, &item.sig, block, |finder| visit::visit_trait_item_fn(finder, item)),
             None => visit::visit_trait_item_fn(self, item),
         }
     }
@@ -235,8 +259,9 @@ fn write(text: &str, range: Range<usize>, nodes: &mut Nodes<'_>, out: &mut Plant
             }
             Kind::Function => write(text, node.range.clone(), nodes, out),
             Kind::Choice => {
-                let others: Vec<String> = numbers.iter().map(|number| format!("other != {number}")).collect();
-                out.text.push_str(&format!("(match crate::mutant::active() {{ other if {} => (", others.join(" && ")));
+                let others: Vec<String> = numbers.iter().map(|number| format!("mutant_ != {number}")).collect();
+                out.text
+                    .push_str(&format!("(match crate::mutant::active() {{ mutant_ if {} => (", others.join(" && ")));
                 write(text, node.range.clone(), nodes, out);
                 out.text.push_str("),");
                 for (index, (number, code)) in node.arms.iter().enumerate() {
