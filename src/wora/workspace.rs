@@ -76,6 +76,6 @@ mod tests {
         assert_eq!((half.as_ptr(), half.len()), (memory, 5));
         workspace.recycle(Array1::from_elem(10, 1.0));
         let whole: Array2<f64> = workspace.array(Ix2(2, 5));
-        assert_eq!(whole, Array2::ones((2, 5)));
+        assert_eq!(whole, Array2::<f64>::ones((2, 5)));
     }
 }
