@@ -26,7 +26,9 @@ pub fn until_it_compiles(tree: &Path, mutants: &[Mutant]) -> BTreeMap<usize, Dro
     let library = read("src/lib.rs");
     std::fs::write(tree.join("src/lib.rs"), library + SWITCH).expect("src/lib.rs");
 
-    let mut dropped = BTreeMap::new();
+    let elsewhere = numbered().filter(|(_, mutant)| mutant.file == "src/main.rs");
+    let mut dropped: BTreeMap<_, _> =
+        elsewhere.map(|(number, _)| (number, Dropped::Unplanted("not in the library".into()))).collect();
     loop {
         let mut all = BTreeMap::new();
         for (&file, text) in &texts {
@@ -51,7 +53,7 @@ pub fn until_it_compiles(tree: &Path, mutants: &[Mutant]) -> BTreeMap<usize, Dro
 
 fn check(tree: &Path) -> Vec<Value> {
     let mut command = Command::new("cargo");
-    command.args(["check", "--lib", "--message-format=json"]).current_dir(tree);
+    command.args(["check", "--lib", "--profile", "test", "--message-format=json"]).current_dir(tree);
     let output = command.output().expect("cargo check");
     let text = String::from_utf8(output.stdout).expect("JSON");
     let messages = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
