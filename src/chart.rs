@@ -541,6 +541,24 @@ mod tests {
     }
 
     #[test]
+    fn the_legend_has_as_many_columns_as_there_is_room_for() {
+        let chart = |names: &[&str]| {
+            let series = names.iter().map(|name| Series::new(*name, Mark::Line, Ink::Nth(0), vec![]));
+            Chart::new("", Axis::linear("x"), Axis::linear("y")).with_all(series).legend()
+        };
+        assert_eq!(chart(&["a", "b", "c"]), (4, 1));
+        assert_eq!(chart(&["a", "b", "c", "d", "e"]), (4, 2));
+        let long = "n".repeat(40);
+        let (columns, rows) = chart(&[&long, "b", "c", "d", "e"]);
+        let entry = f64::from(SAMPLE) + 24.0 + LETTER * 40.0;
+        assert!(
+            f64::from(columns) * entry <= f64::from(WIDTH - 2 * MARGIN) && columns * rows >= 5,
+            "{columns}, {rows}"
+        );
+        assert!(f64::from(columns + 1) * entry > f64::from(WIDTH - 2 * MARGIN));
+    }
+
+    #[test]
     fn an_arrow_points_where_it_goes() {
         let [tip, left, right] = head((0, 0), (100, 0))[..] else { panic!("a triangle") };
         assert!(tip.0 > 100 && tip.1 == 0 && left.0 < 100 && left.0 == right.0 && left.1 == -right.1);

@@ -5,7 +5,7 @@ mod command;
 use command::wora;
 use serde_json::Value;
 use std::collections::BTreeSet;
-use woracle::bench::{CASES, training_step};
+use woracle::bench::{CASES, square_product, training_step};
 use woracle::registry::Precision;
 
 #[test]
@@ -24,6 +24,13 @@ fn a_case_is_a_line_of_json() {
     assert!(0.0 < number("min_ms") && number("min_ms") <= number("median_ms"));
     let percent = 100.0 * number("gflops") / number("matmul_gflops");
     assert!((number("percent_of_matmul") / percent - 1.0).abs() < 1e-9);
+}
+
+#[test]
+fn how_fast_products_are_is_measured() {
+    let runs = std::num::NonZeroUsize::MIN;
+    let [narrow, wide] = Precision::ALL.map(|precision| square_product(precision, runs));
+    assert!(narrow > 0.01 && wide > 0.01 && narrow != wide, "{narrow} and {wide}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use assert_cmd::Command;
 use std::collections::BTreeSet;
 use std::fs;
+use woracle::case::Tensor;
 use woracle::explain::{Chapter, Explanation, Shape, Walk, drawn, examples};
 use woracle::gradcheck::Verdict;
 use woracle::registry::{LAYERS, Precision, specs};
@@ -62,6 +63,28 @@ fn the_readme_shows_what_is_said() {
     for line in shown {
         assert!(text.lines().any(|said| said == line), "{line}");
     }
+}
+
+/// A formula reads as its line is computed: under a mask, per input, and where a lookup passes on only a part.
+#[test]
+fn formulas_read_as_the_circumstances_are() {
+    let formula = |name: &str, label: &str, quantity: &str| {
+        let (subject, spec) = specs().find(|(_, spec)| spec.name == name).expect("a case");
+        let walk = Walk::of(&subject.draw(spec, 0)).expect("a walk");
+        let step = walk.steps.iter().find(|step| step.label == label && step.quantity == quantity);
+        step.map(|step| step.formula).expect("a line")
+    };
+    assert_eq!(formula("linear-plain", "E15", "u"), "u = x̃");
+    assert_eq!(formula("linear-plain", "E14", "<W0, BA>"), "<W0, Δ> = (W0 Aᵀ) · B");
+    assert_eq!(formula("linear-plain", "E145", "dV"), "dV = g dW'");
+    assert_eq!(formula("linear-full", "E145", "dV"), "dV = g dW' + k V, k = -(c / n) (g / ‖V‖)");
+    assert_eq!(formula("linear-dropout", "E13", "y"), "y = op(x, W0) + op(x̃, W' - W0) + b");
+    let lora = specs().find(|(layer, spec)| layer.name() == "linear" && !spec.config.has_norm()).expect("LoRA").1.name;
+    assert_eq!(formula(lora, "E145", "dV"), "dV = g dW'");
+    let row = |spec: &&woracle::cases::Spec| spec.config.norm_axis == NormAxis::Input && spec.config.has_norm();
+    let per_input = specs().map(|(_, spec)| spec).find(row).expect("per input").name;
+    assert_eq!(formula(per_input, "E15", "u"), "u = g x̃");
+    assert_eq!(formula(per_input, "E14", "<W0, BA>"), "<W0, Δ> = (W0ᵀ B) · Aᵀ");
 }
 
 /// The final line of every quantity is what the layer hands out, by either way, in every case that people can read.
@@ -160,13 +183,25 @@ fn what_cannot_be_explained_gets_one_line() {
 /// E13, E44, E39 and E47 of what is shown: y is W' on the columns X, and C is W'^T on dy, group by group.
 #[test]
 fn columns_lie_between_x_and_y() {
-    let [mut outputs, mut gradients] = [0, 0];
+    let [mut outputs, mut gradients, mut masked] = [0, 0, 0];
     for (subject, spec) in specs() {
         let case = subject.draw(spec, 2);
         let Ok(walk) = Walk::of(&case) else { continue };
         let shown = |quantity| walk.last(quantity, &[Chapter::Definition, Chapter::DefinitionBackward]);
-        // The whole of x under a mask is not among the columns.
-        let (Some(x), false) = (shown("X"), case.tensors.contains_key("dropout_mask")) else { continue };
+        let Some(x) = shown("X") else { continue };
+        if case.tensors.contains_key("dropout_mask") {
+            // What is read under a mask is what is read of the masked input; y reads the whole of it beside.
+            let mut plain = case.clone();
+            let kept = case.values("x").expect("x") * case.values("dropout_mask").expect("a mask");
+            plain.tensors.remove("dropout_mask");
+            plain.tensors.insert("x".into(), Tensor::Float(kept.into()));
+            let plain = Walk::of(&plain).expect("a walk");
+            assert_eq!(x.values, plain.last("X", &[Chapter::Definition]).expect("X").values, "{}", spec.name);
+            assert!(shown("C").is_none());
+            masked += 1;
+            continue;
+        }
+        assert_eq!(shown("C").is_some(), case.layer != "embedding", "ids have no gradient: {}", spec.name);
         let [outer, all, inner] = *x.values.shape() else { panic!("{:?}", x.values.shape()) };
         let weight = &shown("W'").expect("W'").values;
         let (units, fan_in) = (weight.shape()[0], weight.shape()[1]);
@@ -198,6 +233,7 @@ fn columns_lie_between_x_and_y() {
         }
     }
     assert!(outputs > 1000 && gradients > 1000, "{outputs} outputs, {gradients} gradients of columns");
+    assert!(masked > 2, "{masked} under a mask");
 }
 
 /// Every line that can be told is, and those of the learned scalars where there are any.

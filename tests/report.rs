@@ -63,6 +63,14 @@ fn the_heat_map_has_a_cell_for_every_tensor() {
         assert_eq!(html.matches(&format!("title=\"{}: agree", tensor.name)).count(), with, "{}", tensor.name);
     }
     assert!(heat_map.agrees() && report().is_right() && !html.contains("<td class=\"disagree"));
+    assert!(heat_map.summary().starts_with("6 of 6 cases agree; of their tensors "), "{}", heat_map.summary());
+    let tensors: usize = cases.iter().map(|case| case.tensors.len()).sum();
+    assert!(heat_map.summary().ends_with(&format!(" {tensors} agree, 0 disagree, 0 are unresolved")));
+    // Every cell says how much of its budget is used up: "=", or a power of ten.
+    for cell in html.split("<span class=\"hidden\">agree </span>").skip(1) {
+        let text = cell.split('<').next().expect("a text");
+        assert!(text.ends_with('=') || text.ends_with(|last: char| last.is_ascii_digit()), "{text}");
+    }
     assert!(!report().complete && report().to_html().contains("a part of all cases"));
 }
 
@@ -74,6 +82,7 @@ fn a_broken_gradient_is_red() {
     let heat_map = HeatMap::of(vec![("linear", wrong.expect("a check").expect("another gradient"))]);
     let html = heat_map.to_html();
     assert!(!heat_map.agrees() && heat_map.summary().starts_with("0 of 1 cases agree"), "{}", heat_map.summary());
+    assert!(!heat_map.summary().contains(" 0 disagree") && heat_map.summary().contains(" 0 are unresolved"));
     assert!(html.contains("<td class=\"disagree\" title=\"grad.lora_wora_alpha: disagree"));
     assert!(html.contains("title=\"y: agree"), "the forward is right");
     assert!(!HeatMap::of(vec![]).agrees(), "nothing that was checked is no success");

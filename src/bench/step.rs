@@ -97,3 +97,31 @@ impl<O: Operator, T: Scalar> TrainingStep for StepOf<O, T> {
         Ok((2 * outputs + lora_outputs + inputs) * size_of::<T>())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::operators::Linear;
+    use crate::wora::{Base, Config, LoraInit, Method};
+    use rand::SeedableRng;
+
+    #[test]
+    fn updates_change_every_tensor_and_stay_in_range() {
+        let operator = Linear { in_features: 3, out_features: 2, fan_in_fan_out: false };
+        let base = Base { weight: ArrayD::<f64>::ones(vec![2, 3]).into(), bias: None };
+        let rng = &mut rand_pcg::Pcg64::seed_from_u64(1);
+        let layer =
+            Layer::init(operator, Config::new(Method::Wora, 1.0), base, 1, LoraInit::default(), rng).expect("a layer");
+        let before = layer.adapter().clone();
+        let mut step = StepOf::new(layer, ArrayD::ones(vec![1, 3]).into(), ArrayD::ones(vec![1, 2]));
+        step.update();
+        let names = Linear::LORA_NAMES;
+        for ((_, now), (name, then)) in step.layer.adapter().named(names).into_iter().zip(before.named(names)) {
+            assert!(name == "lora_B" || now != then, "{name}");
+        }
+        (0..999).for_each(|_| step.update());
+        for ((_, now), (name, then)) in step.layer.adapter().named(names).into_iter().zip(before.named(names)) {
+            assert!(now.iter().zip(&then).all(|(now, then)| (now - then).abs() <= 1e-12 * then.abs()), "{name}");
+        }
+    }
+}

@@ -129,6 +129,9 @@ mod tests {
                 assert_eq!(parse(&text.concat()).as_ref(), Some(&values));
             }
         }
+        let wide = array![[1.0, -2.5, 3.0], [0.25, 4.0, 5.0]].into_dyn();
+        assert_eq!(lines(wide.view(), 24).len(), 2, "one row a line");
+        assert_eq!(lines(wide.view(), 80).len(), 1);
         assert_eq!(parse("[[1, 2], [3]]"), None);
         assert_eq!(parse("[1, [2]]"), None);
     }

@@ -321,3 +321,12 @@ impl Survey<'_> {
 /// How many roundings of its own size a result of a function is taken to carry that cannot say how many; an output
 /// much smaller than the others may be the small difference of numbers as large, and is given an eighth of theirs.
 const GUESS: f64 = 32.0;
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_sum_is_rounded_as_if_once() {
+        assert_eq!(super::sum([1.0, 1e100, 1.0, -1e100]), 2.0);
+        assert_eq!(super::sum([1.0, f64::EPSILON / 4.0, f64::EPSILON / 4.0, -1.0]), f64::EPSILON / 2.0);
+    }
+}
