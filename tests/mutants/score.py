@@ -26,7 +26,7 @@ for line in latest.values():
     # FILE:LINE:COLUMN: what is replaced. Lines move.
     file, _, _, mutant = line["name"].split(":", 3)
     outcome = line["outcome"]
-    if outcome == "missed" and explained[file, mutant.strip()] > 0:
+    if outcome in ("missed", "unplanted") and explained[file, mutant.strip()] > 0:
         explained[file, mutant.strip()] -= 1
         outcome = "equivalent"
     elif outcome in ("missed", "unplanted"):
