@@ -69,11 +69,12 @@ fn drawn() -> Bounds {
         let mut bytes: Vec<u8> = (0..64).map(|_| rng.random()).collect();
         // Half of them plain, some large enough for several threads: linear layers and embeddings.
         let sizes = SIZES.get(number % (2 * SIZES.len()));
-        let scale = if number % 20 == 19 { 60 } else { 1 };
-        if scale > 1 {
+        let is_large = number % 20 == 19;
+        if is_large {
             bytes[0] = (number / 20 % 2) as u8;
         }
-        let Some((layer, mut case)) = any_case(&mut Choices::new(&bytes).larger(scale)) else { continue };
+        let mut choices = Choices::new(&bytes).larger(if is_large { 60 } else { 1 });
+        let Some((layer, mut case)) = any_case(&mut choices) else { continue };
         if case.tensors["x"].shape().contains(&0) {
             continue;
         }
