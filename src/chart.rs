@@ -541,6 +541,33 @@ mod tests {
     }
 
     #[test]
+    fn a_constant_series_fills_the_axis() {
+        let extent = around([5.0, 5.0, f64::NAN].into_iter());
+        assert!(extent.contains(&5.0) && extent.end - extent.start < 1e-4, "{extent:?}");
+        assert_eq!(around([f64::NAN].into_iter()), 0.0..1.0);
+    }
+
+    #[test]
+    fn names_in_a_legend_stand_beside_each_other() {
+        let series = ["one", "two", "three"].map(|name| Series::new(name, Mark::Line, Ink::Nth(0), vec![(0.0, 0.0)]));
+        let chart = Chart::new("", Axis::linear("x"), Axis::linear("y")).with_all(series);
+        let svg = Picture::new("", "").with(chart).to_svg();
+        let place = |name: &str| {
+            let (before, _) = svg.split_once(&format!("\n{name}\n")).expect("a name");
+            let (_, tag) = before.rsplit_once("<text ").expect("a text");
+            let number = |key: &str| -> f64 {
+                let (_, rest) = tag.split_once(&format!("{key}=\"")).expect("a place");
+                rest.split('"').next().expect("a number").parse().expect("a number")
+            };
+            (number("x"), number("y"))
+        };
+        let [one, two, three] = ["one", "two", "three"].map(place);
+        let step = two.0 - one.0;
+        assert!(one.1 == two.1 && two.1 == three.1 && step > LETTER * 3.0, "{one:?} {two:?} {three:?}");
+        approx::assert_relative_eq!(three.0 - two.0, step, epsilon = 1.0);
+    }
+
+    #[test]
     fn the_legend_has_as_many_columns_as_there_is_room_for() {
         let chart = |names: &[&str]| {
             let series = names.iter().map(|name| Series::new(*name, Mark::Line, Ink::Nth(0), vec![]));

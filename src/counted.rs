@@ -114,3 +114,18 @@ impl Real for Counted {
         Self::made(Real::erf(self.value), self.value == 0.0, self.worst)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_function_is_exact_at_one_argument() {
+        let functions: [(fn(Counted) -> Counted, f64); 3] =
+            [(Real::exp, 0.0), (Real::ln, 1.0), (|argument| Real::erf(argument), 0.0)];
+        for (function, exact) in functions {
+            assert!(function(Counted::constant(exact)).units() <= 1.0);
+            assert_eq!(function(Counted::constant(0.5)).units(), f64::INFINITY);
+        }
+    }
+}

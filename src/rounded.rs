@@ -118,3 +118,21 @@ impl Real for Rounded {
         self.mapped(Real::erf(self.value), erf_slope(self.value))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_function_passes_errors_on_by_its_slope_and_makes_one() {
+        let argument = Rounded { value: 2.0, terms: 4.0, errors: 9.0 };
+        let roundings = |slope: f64, value: f64| (9.0 * slope * slope + value * value).sqrt();
+        for (result, slope) in [
+            (Real::exp(argument), 2f64.exp()),
+            (Real::ln(argument), 0.5),
+            (Real::erf(argument), 2.0 / std::f64::consts::PI.sqrt() * (-4f64).exp()),
+        ] {
+            approx::assert_relative_eq!(result.roundings(), roundings(slope, result.value()), max_relative = 1e-14);
+        }
+    }
+}

@@ -153,6 +153,9 @@ fn a_page_needs_nothing_from_elsewhere() {
     said(&["explain", "linear-dropout-full", "--html", path.to_str().expect("text")]);
     let page = fs::read_to_string(&path).expect("a page");
     assert!(page.contains("<math display=\"block\">") && page.contains("E31"));
+    let (_, slopes) = page.split_once("<code>grad.lora_wora_beta</code></h3>").expect("the slopes of beta");
+    let (slopes, _) = slopes.split_once("</table>").expect("a table");
+    assert!(slopes.contains("by differences") && slopes.matches("<td class=\"number\">").count() == 4, "{slopes}");
     for never in ["<script", "http", "src=", "@import", "<merror"] {
         assert!(!page.contains(never), "{never}");
     }

@@ -14,7 +14,7 @@ use woracle::mistakes::{Formula, TracedForward};
 use woracle::modules::Settings;
 use woracle::registry::{Forward, LAYERS, Precision, RoundTrip, Subject, layer};
 use woracle::wora::{Config, Line, Method, NormGradient, Storage};
-use woracle::{Dual, DualForward, Result, Rounded};
+use woracle::{Dual, DualForward, DualTensors, Real, Result, Rounded};
 
 /// What a lie is off by: a power of two, so that no position in a forward is rounded by it.
 const LIE: f64 = 1.0 + 1.0 / 1024.0;
@@ -1063,4 +1063,95 @@ fn lists_can_be_had_as_json() {
         assert_eq!((code, code_of_json), (0, 0));
         assert_eq!(serde_json::from_str::<Vec<&str>>(&json).expect("an array"), names);
     }
+}
+
+#[test]
+fn the_worst_element_is_the_one_that_is_off_by_most_of_its_budget() {
+    let slopes = [1e6, 1.0];
+    let report = elementwise(true, array![0.5, 0.5].into_dyn(), |i, x| slopes[i] * x, |i, _| slopes[i] + [1.0, 0.5][i]);
+    assert_eq!(worst_place(&report.tensors[0]), Place::Element(vec![1]), "{report}");
+}
+
+/// A line whose dual numbers are off by a part of y.
+struct OffDuals {
+    slope: f64,
+    off: f64,
+}
+
+impl Function for OffDuals {
+    fn name(&self) -> &str {
+        "off duals"
+    }
+    fn forward(&self, inputs: &Tensors) -> Result<ArrayD<f64>> {
+        Ok(&inputs["x"] * self.slope)
+    }
+    fn backward(&self, _: &Tensors, dy: &ArrayD<f64>) -> Result<Tensors> {
+        Ok(named(dy * self.slope))
+    }
+    fn forward_dual(&self, inputs: &DualTensors) -> Result<Option<ArrayD<Dual>>> {
+        let Self { slope, off } = self;
+        let of = |x: &Dual| Dual::constant(slope * (1.0 + off)) * *x;
+        Ok(Some(inputs["x"].map(of)))
+    }
+}
+
+#[test]
+fn the_y_of_dual_numbers_may_differ_by_its_rounding() {
+    for slope in [1e-12, 1.0, 1e12] {
+        let law = |off: f64| {
+            let report = gradcheck(&OffDuals { slope, off }, &named(array![0.75, -1.5].into_dyn()), Options::default());
+            report.laws.iter().find(|law| law.name == "dual numbers give the same y").expect("the law").holds
+        };
+        assert!(law(0.0) && law(4.0 * f64::EPSILON) && !law(1e-9), "{slope}");
+    }
+}
+
+#[test]
+fn a_small_cotangent_is_checked_like_a_large_one() {
+    for power in [-60, 0, 60] {
+        for name in ["linear-plain", "linear-full"] {
+            let mut case = linear().draw(spec(name), 3);
+            let Some(Tensor::Float(dy)) = case.tensors.get_mut("grad.y") else { panic!("grad.y") };
+            dy.mapv_inplace(|dy| dy * 2f64.powi(power));
+            let report = check(linear(), &case, Options::default());
+            assert!(report.agrees(), "2^{power}: {report}");
+        }
+    }
+}
+
+/// A chord of an affine path has its middle on it; no other path that there is has.
+#[test]
+fn paths_are_affine_where_they_are_said_to_be() {
+    let mut found = [0, 0];
+    for subject in LAYERS {
+        for spec in subject.specs().iter().filter(|spec| !spec.name.contains("large")) {
+            let case = subject.draw(spec, 5);
+            let surrogate = subject.surrogate(&case).expect("a surrogate");
+            let names = ["base.weight", "lora_magnitude_vector", "lora_wora_alpha", "lora_wora_beta"];
+            for name in names.into_iter().chain(subject.lora_names()) {
+                let Some(Tensor::Float(middle)) = case.tensors.get(name) else { continue };
+                if !subject.is_input(&case, name).expect("a case") {
+                    continue;
+                }
+                let at = |part: f64| {
+                    let mut moved = case.clone();
+                    let by = |(at, value): (usize, &f64)| value + part * (1.0 + (at % 3) as f64) / 8.0;
+                    let values = middle.iter().enumerate().map(by).collect();
+                    let values = ArrayD::from_shape_vec(middle.shape(), values).expect("as many");
+                    moved.tensors.insert(name.into(), Tensor::Float(values.into()));
+                    surrogate(&moved).expect("y")
+                };
+                let (below, y, above) = (at(-1.0), at(0.0), at(1.0));
+                let largest = |values: &ArrayD<f64>| values.iter().fold(0.0, |most: f64, value| most.max(value.abs()));
+                let bend = largest(&(&below + &above - 2.0 * &y)) / largest(&(&above - &below)).max(largest(&y));
+                let affine = subject.is_affine(&case, name).expect("a case");
+                found[usize::from(affine)] += 1;
+                // One element has no direction but a sign, and with a 0 for alpha or beta V moves along itself or not.
+                let flat = ["one-feature", "alpha-0", "beta-0"].iter().any(|part| spec.name.contains(part));
+                let straight = if affine { bend < 1e-12 } else { flat || bend > 1e-9 };
+                assert!(straight, "{}: {name} bends by {bend}", spec.name);
+            }
+        }
+    }
+    assert!(found.iter().all(|&count| count > 50), "{found:?}");
 }

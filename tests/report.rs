@@ -3,6 +3,7 @@
 mod command;
 
 use command::wora;
+use std::f64::consts::TAU;
 use std::sync::OnceLock;
 use woracle::gradcheck::{Trial, Tried, Witness, check_mistake};
 use woracle::mistakes::{MISTAKES, mistake};
@@ -123,6 +124,9 @@ fn the_loss_is_the_same_along_a_ray_and_only_the_full_gradient_knows() {
     assert!(plane.spread < 1e-13, "{}", plane.spread);
     let losses: Vec<f64> = plane.rays.iter().map(|ray| ray.loss).collect();
     assert!(losses.iter().fold(0.0, |a: f64, &b| a.max(b)) > 1.0, "a picture without a difference");
+    for (number, ray) in plane.rays.iter().enumerate() {
+        approx::assert_relative_eq!(ray.angle, TAU * number as f64 / losses.len() as f64);
+    }
     for arrow in &plane.arrows {
         let radial = |gradient: (f64, f64)| arrow.point.0 * gradient.0 + arrow.point.1 * gradient.1;
         let size = arrow.detached.0.hypot(arrow.detached.1);
@@ -229,4 +233,26 @@ fn a_square_is_filled_for_the_witness_that_saw_the_mistake() {
             }
         }
     }
+}
+
+#[test]
+fn a_total_counts_the_mistakes_that_a_witness_saw() {
+    let trial = |mistake: usize, killed_by: &[Witness]| {
+        let (mistake, killed_by) = (&MISTAKES[mistake], killed_by.to_vec());
+        let trial = Trial { mistake: mistake.id, layer: "linear", case: None, killed_by, tried: 3 };
+        Tried { mistake, trials: vec![trial] }
+    };
+    let (by_definition, by_duals) = (&[Witness::Definition][..], &[Witness::Definition, Witness::Duals]);
+    let matrix = Matrix { rows: vec![trial(0, by_definition), trial(1, by_duals), trial(2, by_definition)] };
+    let html = matrix.to_html();
+    let (_, totals) = html.split_once("<tfoot>").expect("totals");
+    let totals: Vec<usize> = totals
+        .split("<td>")
+        .skip(1)
+        .filter_map(|cell| cell.split('<').next().and_then(|text| text.parse().ok()))
+        .collect();
+    let count = |witness: &Witness| matrix.rows.iter().filter(|row| row.contradicted_by(*witness) > 0).count();
+    let expected: Vec<usize> = Tried::WITNESSES.iter().map(count).collect();
+    assert_eq!(totals[..expected.len()], expected);
+    assert!(expected.contains(&3) && expected.contains(&1) && expected.contains(&0));
 }

@@ -4,6 +4,7 @@ mod command;
 
 use command::wora;
 use std::path::Path;
+use woracle::case::{Case, Tensor};
 use woracle::mistakes::mistake;
 use woracle::oracle::{CaseFile, Dtype};
 use woracle::registry::{layer, mistaken};
@@ -89,4 +90,27 @@ fn right_results_print_no_explanation() {
     assert_eq!(wora(&["verify", &golden, "--markdown"]).1, "**1 passed, 0 failed**\n");
     let (code, xml, _) = wora(&["verify", &golden, "--junit"]);
     assert!(code == Some(0) && xml.contains("failures=\"0\" errors=\"0\"") && !xml.contains("<failure"), "{xml}");
+}
+
+#[test]
+fn what_no_mistake_explains_is_said() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let linear = layer("linear").expect("linear");
+    let mut case = linear.draw(&linear.specs()[0], 0);
+    let right = linear.define(&case).expect("answers");
+    case.extend(right.into_iter().filter(|(name, _)| name == "y" || name.starts_with("grad.")).collect());
+    let text = |case: Case| {
+        let path = directory.path().join("case.safetensors");
+        std::fs::write(&path, CaseFile::new(case, Dtype::F64).to_bytes()).expect("written");
+        wora(&["verify", &path.to_string_lossy()])
+    };
+    let unexplained = "no known mistake, nor a pair of them, explains these numbers";
+    let (code, right, _) = text(case.clone());
+    assert!(code == Some(0) && !right.contains(unexplained), "{right}");
+    let Some(Tensor::Float(y)) = case.tensors.get_mut("y") else { panic!("y") };
+    y.iter_mut().zip(1..).for_each(|(y, number)| *y += 1.0 / f64::from(number * number));
+    let (code, wrong, _) = text(case);
+    assert!(code == Some(1) && wrong.contains(unexplained), "{wrong}");
+    let (_, named, _) = wora(&["verify", &bias_scaled(directory.path())]);
+    assert!(!named.contains(unexplained), "{named}");
 }

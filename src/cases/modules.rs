@@ -402,3 +402,19 @@ impl ModuleCase {
         settings.define(signal, &find)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_that_must_be_distinct_are_far_apart_at_either_side_of_0() {
+        for len in [2, 5, 60] {
+            let values = Draw::new(len as u64).array(&[len], |value| value);
+            let mut spread = distinct(&values).into_raw_vec_and_offset().0;
+            spread.sort_by(f64::total_cmp);
+            assert!(spread.windows(2).all(|pair| pair[1] - pair[0] >= 1.0 / 32.0), "{spread:?}");
+            assert!(spread[0] < 0.0 && (spread[len - 1] > 0.0 || len == 2), "{spread:?}");
+        }
+    }
+}
