@@ -1030,6 +1030,17 @@ fn the_verbose_report_prints_the_value_of_every_witness() {
 }
 
 #[test]
+fn the_table_has_what_identities_are_off_by_under_their_own_head() {
+    let (code, text) = wora(&["check", "linear-plain"]);
+    assert_eq!(code, 0);
+    let cells = |line: &str| line.split(['│', '┆']).map(|cell| cell.trim().to_string()).collect::<Vec<_>>();
+    let head = text.lines().find(|line| line.contains("identities")).map(cells).expect("a head");
+    let column = head.iter().position(|cell| cell == "identities").expect("a column");
+    let rows: Vec<_> = text.lines().filter(|line| line.contains(": <")).map(cells).collect();
+    assert!(!rows.is_empty() && rows.iter().all(|row| !row[column].is_empty()), "{text}");
+}
+
+#[test]
 fn the_json_report_holds_every_witness_of_every_tensor() {
     let report = json(&["linear-plain", "--seed", "9"]);
     assert_eq!((&report["disagree"], &report["unresolved"]), (&0.into(), &0.into()));

@@ -69,8 +69,8 @@ fn merged(name: &str, options: MergeOptions) -> (TempDir, Tensors) {
     (directory, merged)
 }
 
-/// An adapted weight in plain loops: W', and `g (|beta W0| + |alpha| s sum |B| |A|)` beside it, as stored.
-fn by_hand(module: &Module, base: &ArrayD<f64>) -> (Vec<f64>, Vec<f64>) {
+/// An adapted weight in plain loops: W', and `g (|beta W0| + |alpha| s sum |B| |A|)` beside it, as stored; and each g.
+fn by_hand(module: &Module, base: &ArrayD<f64>) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     let (rows, columns) = (module.shape[0], base.len() / module.shape[0]);
     let turned = matches!(module.kind, Kind::Embedding | Kind::LinearFanInFanOut);
     let (units, fan_in) = if turned { (columns, rows) } else { (rows, columns) };
@@ -80,7 +80,7 @@ fn by_hand(module: &Module, base: &ArrayD<f64>) -> (Vec<f64>, Vec<f64>) {
     let (alpha, beta, s) = (scalar(&module.adapter.alpha), scalar(&module.adapter.beta), module.config.scaling);
     let stored = |unit: usize, j: usize| if turned { j * columns + unit } else { unit * columns + j };
     let flat: Vec<f64> = base.iter().copied().collect();
-    let (mut merged, mut terms) = (vec![0.0; flat.len()], vec![0.0; flat.len()]);
+    let (mut merged, mut terms, mut gains) = (vec![0.0; flat.len()], vec![0.0; flat.len()], vec![]);
     for unit in 0..units {
         let mut squares = 0.0;
         for j in 0..fan_in {
@@ -95,8 +95,9 @@ fn by_hand(module: &Module, base: &ArrayD<f64>) -> (Vec<f64>, Vec<f64>) {
             merged[stored(unit, j)] *= gain;
             terms[stored(unit, j)] *= gain.abs();
         }
+        gains.push(gain);
     }
-    (merged, terms)
+    (merged, terms, gains)
 }
 
 #[test]
@@ -117,7 +118,7 @@ fn a_merge_is_the_definition_in_f64_rounded_once_and_pefts_is_close_to_it() {
         }
         for module in adapter.modules() {
             let module = Module::new(&adapter, &model, module, ZeroNorm::Error).unwrap();
-            let (expected, terms) = by_hand(&module, &array(&base, &module.weight));
+            let (expected, terms, _) = by_hand(&module, &array(&base, &module.weight));
             let found = f32s(&ours[&module.weight].2);
             let rounded: Vec<f32> = expected.iter().map(|&value| value as f32).collect();
             assert_eq!(found, rounded, "{name}: {}", module.weight);
@@ -357,9 +358,12 @@ fn prefixed_and_tied_weights_are_found() {
     assert!(plain.iter().all(|(name, tensor)| found[&format!("transformer.{name}")] == *tensor));
 
     // An output layer that shares the input embedding's tensor gets one of its own.
-    let adapter_directory = directory.path().join("adapter");
+    let (adapter_directory, base) = (directory.path().join("adapter"), directory.path().join("base"));
     let tied: Tensors = BTreeMap::from([("model.embed_tokens.weight".into(), all["fc1.weight"].clone())]);
-    write(&path, &tied);
+    std::fs::create_dir(&base).unwrap();
+    write(&base.join("model.safetensors"), &tied);
+    let says = |tied: bool| json!({ "vocab_size": 20, "tie_word_embeddings": tied });
+    std::fs::write(base.join("config.json"), says(true).to_string()).unwrap();
     std::fs::create_dir(&adapter_directory).unwrap();
     let file = tensors(&fixture("text-dora").join("adapter").join(peft::ADAPTER_FILE)).into_iter();
     let of_head =
@@ -368,13 +372,18 @@ fn prefixed_and_tied_weights_are_found() {
     let config = fixture("text-dora").join("adapter").join(peft::CONFIG_FILE);
     std::fs::copy(config, adapter_directory.join(peft::CONFIG_FILE)).unwrap();
     let (adapter, out) = (Checkpoint::open(&adapter_directory).unwrap(), directory.path().join("tied"));
-    peft::merge(&Model::open(&path).unwrap(), &[adapter], MergeOptions::default(), &out, &|_| Ok(())).unwrap();
+    peft::merge(&Model::open(&base).unwrap(), &[adapter], MergeOptions::default(), &out, &|_| Ok(())).unwrap();
+    let said = |directory: &Path| -> Value {
+        serde_json::from_slice(&std::fs::read(directory.join("config.json")).unwrap()).unwrap()
+    };
+    assert_eq!(said(&out), says(false));
     let found = tensors(&out.join("model.safetensors"));
     assert!(found["model.embed_tokens.weight"] == tied["model.embed_tokens.weight"]);
     assert!(found["lm_head.weight"] == plain["fc1.weight"]);
     let adapter = Checkpoint::open(&adapter_directory).unwrap();
     peft::unmerge(&out, &adapter, &directory.path().join("untied"), &|_| Ok(())).unwrap();
     assert!(tensors(&directory.path().join("untied/model.safetensors")) == tied);
+    assert_eq!(said(&directory.path().join("untied")), says(true));
 }
 
 fn floats(values: &[f32]) -> Vec<u8> {
@@ -447,7 +456,7 @@ fn somebodys_merge_is_judged_and_diagnosed() {
     let model = Model::open(&fixture("text-dora").join("model.safetensors")).unwrap();
     let mut module = Module::new(&adapter, &model, "fc1", ZeroNorm::Error).unwrap();
     module.adapter.magnitude = module.adapter.magnitude.map(|m| ArrayD::ones(m.raw_dim()));
-    let (weight, _) = by_hand(&module, &array(&base, "fc1.weight"));
+    let (weight, ..) = by_hand(&module, &array(&base, "fc1.weight"));
     wrong.get_mut("fc1.weight").unwrap().2 = floats(&weight.iter().map(|&w| w as f32).collect::<Vec<_>>());
     wrong.get_mut("fc2.bias").unwrap().2[0] ^= 1;
     let path = directory.path().join("wrong.safetensors");
@@ -476,7 +485,7 @@ fn an_adapter_is_inspected_with_its_base_and_without() {
         for (report, module) in reports.iter().zip(&modules) {
             let module = Module::new(&checkpoint, &model, module, ZeroNorm::Error).unwrap();
             let w = array(&file, &module.weight);
-            let (merged, _) = by_hand(&module, &w);
+            let (merged, _, gains) = by_hand(&module, &w);
             let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
             let change = norm(&mut merged.iter().zip(&w).map(|(m, w)| m - w)) / norm(&mut w.iter().copied());
             let said = report["change_over_base"].as_f64().unwrap();
@@ -484,6 +493,12 @@ fn an_adapter_is_inspected_with_its_base_and_without() {
             let (effective, rank) = (report["effective_rank"].as_f64().unwrap(), report["rank"].as_f64().unwrap());
             assert!(effective >= 1.0 && effective <= rank + 1e-9, "{name} {}: {effective} of {rank}", module.name);
             assert_eq!(report["gains"].is_null(), module.config.method == Method::Lora);
+            if module.config.method != Method::Lora {
+                let [least, most]: [f64; 2] = serde_json::from_value(report["gains"].clone()).unwrap();
+                let (low, high) = gains.iter().fold((f64::INFINITY, 0f64), |(a, b), &gain| (a.min(gain), b.max(gain)));
+                let off = (least / low - 1.0).abs().max((most / high - 1.0).abs());
+                assert!(off < 1e-12, "{name} {}: {least} to {most}, expected {low} to {high}", module.name);
+            }
             assert_eq!(report["zero_norm_units"], 0);
         }
         let (code, stdout, _) = wora(&["inspect", &adapter]);
@@ -509,7 +524,12 @@ fn patterns_are_tried_in_the_order_of_the_file_and_what_is_not_understood_is_tol
     let text = r#"{"peft_type":"LORA","r":2,"lora_alpha":4,"rank_pattern":{"z|fc":3,"fc":5}}"#;
     assert_eq!(AdapterConfig::parse(text).unwrap().rank("fc"), 3);
     assert!(with(json!({ "use_bdlora": { "a": 1 }, "unknown": false })).unwrap().warnings()[0].contains("use_bdlora"));
-    assert_eq!(with(json!({ "unknown": false, "loftq_config": {} })).unwrap().warnings(), [""; 0]);
+    let off =
+        json!({ "unknown": false, "loftq_config": {}, "count": 0, "name": "", "list": [], "fields": {}, "none": null });
+    assert_eq!(with(off).unwrap().warnings(), [""; 0]);
+    for on in [json!(true), json!(0.5), json!("name"), json!([0]), json!({ "a": 0 })] {
+        assert_eq!(with(json!({ "unknown": on })).unwrap().warnings().len(), 1, "{on}");
+    }
 }
 
 fn entries(directory: &Path) -> Vec<PathBuf> {
