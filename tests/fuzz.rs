@@ -13,12 +13,16 @@ use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
 
 /// What no input may need more of, in MB.
 const MOST_MEMORY: f32 = 512.0;
+
+/// What no input may take longer than.
+const MOST_TIME: Duration = Duration::from_secs(20);
 
 fn directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz")
@@ -61,14 +65,15 @@ fn mutated(seed: &[u8], other: &[u8], rng: &mut Pcg64) -> Vec<u8> {
 /// Whatever fails is left where it can be looked at.
 fn run(target: fuzz::Target, name: &str, bytes: &[u8]) -> bool {
     MEMORY.reset_peak_usage();
+    let started = Instant::now();
     let outcome = std::panic::catch_unwind(|| target(bytes));
-    let memory = MEMORY.peak_usage_as_mb();
+    let (took, memory) = (started.elapsed(), MEMORY.peak_usage_as_mb());
     match outcome {
-        Ok(tried) if memory <= MOST_MEMORY => tried,
+        Ok(tried) if memory <= MOST_MEMORY && took <= MOST_TIME => tried,
         outcome => {
             let path = std::env::temp_dir().join(format!("fuzz-{name}"));
             std::fs::write(&path, bytes).expect("a file");
-            let how = if outcome.is_ok() { format!("takes {memory} MB") } else { "panics".into() };
+            let how = if outcome.is_ok() { format!("takes {took:?} and {memory} MB") } else { "panics".into() };
             panic!("{name} {how} on {}", path.display());
         }
     }

@@ -151,7 +151,10 @@ fn a_merged_layer_computes_what_the_adapted_one_does_and_is_unmerged() {
         is_right(&unmasked, Dtype::F64, Tensors::from([("y".into(), trip.merged)]))?;
         let base = values(case, "base.weight");
         let beta = if has(case, BETA) { values(case, BETA).sum() } else { 1.0 };
-        let largest = |values: &ArrayD<f64>| values.iter().fold(0.0, |most: f64, value| most.max(value.abs()));
+        // A maximum passes over what is no number; this does not.
+        let largest = |values: &ArrayD<f64>| {
+            values.iter().fold(0.0, |most: f64, value| if value.abs() <= most { most } else { value.abs() })
+        };
         // What is taken apart is V, in which W0 may have been small.
         let size = largest(&base) + largest(&layer.define(case).expect("results")["weighted"]) / beta.abs();
         match trip.restored {
@@ -252,6 +255,49 @@ fn unit_axis(layer: &dyn Subject, case: &Case, name: &str) -> Option<usize> {
     }
 }
 
+/// E53, of each unit: the length of its row of V does not reach the loss, and what W0 and B make of it is `<dV, V>`.
+#[test]
+fn the_full_gradient_of_a_direction_is_orthogonal_to_it_unit_by_unit() {
+    let (detached_is_not, cases) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    hold(100, |layer, case| {
+        if !has(case, MAGNITUDE)
+            || !is(case, "norm_gradient", "full")
+            || !is(case, "norm_eps", 0.0)
+            || has(case, "dropout_mask")
+            || !layer.is_gradient_of_the_loss(case).expect("a case")
+        {
+            return Ok(false);
+        }
+        // One per input feature are columns of V, whose factor is A.
+        let per_input = is(case, "norm_axis", "input");
+        let factor = layer.lora_names()[usize::from(!per_input)];
+        let units = unit_axis(layer, case, "base.weight").expect("one");
+        let axes = [("base.weight", if per_input { 1 - units } else { units }), (factor, usize::from(per_input))];
+        let radial = |case: &Case| {
+            let results = evaluate(layer, case);
+            let of = |(name, axis): (&str, usize)| {
+                let products = values(case, name) * &results[&format!("grad.{name}")];
+                let by_unit = products.axis_iter(Axis(axis));
+                by_unit.map(|unit| (unit.sum(), unit.mapv(f64::abs).sum())).collect::<Vec<_>>()
+            };
+            let [base, low_rank] = axes.map(of);
+            assert_eq!(base.len(), low_rank.len());
+            base.into_iter().zip(low_rank).map(|(one, other)| (one.0 + other.0, one.1 + other.1)).collect::<Vec<_>>()
+        };
+        let mut detached = case.clone();
+        detached.settings.insert("norm_gradient".into(), "detached".into());
+        let mut is_not = false;
+        for ((full, _), (detached, size)) in radial(case).into_iter().zip(radial(&detached)) {
+            prop_assert!(full.abs() <= 1e-11 * size, "{full} of {size}: {:?}", case.settings);
+            is_not |= detached.abs() > 1e-3 * size;
+        }
+        cases.fetch_add(1, Ordering::Relaxed);
+        detached_is_not.fetch_add(usize::from(is_not), Ordering::Relaxed);
+        Ok(true)
+    });
+    assert!(detached_is_not.into_inner() * 2 > cases.into_inner(), "it says nothing of the full gradient");
+}
+
 #[test]
 fn permuted_units_permute_the_results() {
     hold(100, |layer, case| {
@@ -329,7 +375,7 @@ fn a_batch_is_its_parts_joined() {
 #[cfg(not(feature = "openblas"))]
 fn the_number_of_threads_changes_no_bit() {
     let pools = [1, 2, 3].map(|threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads"));
-    hold_for(40, 24, |layer, case| {
+    hold_for(90, 24, |layer, case| {
         for precision in [Precision::F32, Precision::F64] {
             let [one, two, three] =
                 pools.each_ref().map(|pool| pool.install(|| layer.evaluate(case, precision)).expect("results"));

@@ -3,10 +3,25 @@
 use super::files::with_files;
 use woracle::train::{Model, read};
 
+/// What a model may need that is a mistake nowhere: memory is limited by the numbers that it says it has.
+const SMALL: usize = 1 << 20;
+
 pub fn run(bytes: &[u8]) -> bool {
     with_files(&[("train.toml", bytes)], |directory| {
         let Ok(read) = read(&directory.join("train.toml")) else { return false };
-        let Ok(mut model) = Model::<f32>::new(&read.config.model.modules, read.config.seed) else { return false };
-        read.config.adapter.as_ref().is_none_or(|adapter| model.adapt(adapter, 0).is_ok())
+        let modules = &read.config.model.modules;
+        let elements: Result<Vec<_>, _> = modules.iter().map(|module| module.settings.elements()).collect();
+        // What is too large for any model is refused before memory is asked for.
+        if elements.is_ok_and(|elements| (SMALL..1 << 27).contains(&elements.into_iter().sum())) {
+            return false;
+        }
+        let Ok(mut model) = Model::<f32>::new(modules, read.config.seed) else { return false };
+        let Some(adapter) = &read.config.adapter else { return true };
+        let ranks = adapter.rank_pattern.values().filter_map(|rank| rank.as_u64());
+        let largest = ranks.chain([adapter.rank as u64]).max().expect("one at least");
+        if (64..1 << 12).contains(&largest) {
+            return false;
+        }
+        model.adapt(adapter, 0).is_ok()
     })
 }

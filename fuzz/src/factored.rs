@@ -12,7 +12,11 @@ pub fn run(bytes: &[u8]) -> bool {
     let Some((layer, case)) = any_case(&mut Choices::new(bytes)) else { return false };
     for (precision, dtype) in [(Precision::F64, Dtype::F64), (Precision::F32, Dtype::F32)] {
         // A unit without a direction is refused, by the definition too.
-        let (Ok(results), Ok(_)) = (layer.evaluate(&case, precision), layer.define(&case)) else { return false };
+        let results = match (layer.evaluate(&case, precision), layer.define(&case)) {
+            (Ok(results), Ok(_)) => results,
+            (Err(_), Err(_)) => return false,
+            (ours, defined) => panic!("{:?}, defined: {:?}, of {:?}", ours.err(), defined.err(), case.settings),
+        };
         let mut answered = case.clone();
         answered.extend(results);
         for tensor in verify(&CaseFile::new(answered, dtype), Tolerance::default()).expect("a whole case") {

@@ -262,6 +262,10 @@ impl Described for SelfAttentionSettings {
         let mut build = || self.projection().build(rng);
         Ok(Box::new(SelfAttention { settings: *self, projections: [build()?, build()?, build()?, build()?] }))
     }
+    fn elements(&self) -> Result<usize> {
+        check_positive("embed_dim", self.embed_dim)?;
+        Ok(4 * self.projection().elements()?)
+    }
     /// With the mask of a dropout as a parameter.
     fn define<R: Real>(&self, x: Signal<R>, parameters: Find<'_, R>) -> ArrayD<R> {
         let x = defined(x);

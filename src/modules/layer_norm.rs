@@ -156,6 +156,10 @@ impl Described for LayerNormSettings {
         let (weight, bias) = (Array1::ones(features), Array1::zeros(features));
         Ok(Box::new(LayerNorm { weight, bias, eps: T::from_f64(eps), trained: true }))
     }
+    fn elements(&self) -> Result<usize> {
+        check_positive("features", self.features)?;
+        Ok(2 * self.features)
+    }
     fn define<R: Real>(&self, x: Signal<R>, parameters: Find<'_, R>) -> ArrayD<R> {
         let x = defined(x);
         let shape = x.shape().to_vec();

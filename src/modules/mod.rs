@@ -40,6 +40,7 @@ pub use position::PositionEmbeddingSettings;
 pub use reduce::{FlattenSettings, MeanSettings};
 pub use sequential::{Named, ResidualSettings, Sequential};
 pub use settings::Settings;
+pub(crate) use weighted::LARGEST;
 pub use weighted::{Adaptable, Adapting, ConvolutionSettings, EmbeddingTable, LinearMap};
 
 use crate::{Real, Result, Scalar};
@@ -215,6 +216,14 @@ pub trait Described: Sized {
     ///
     /// A setting out of range (C4).
     fn build<T: Scalar>(&self, rng: &mut Pcg64) -> Result<Box<dyn Module<T>>>;
+    /// How many numbers its parameters are, before any is allocated.
+    ///
+    /// # Errors
+    ///
+    /// A setting of a shape that is out of range (C4).
+    fn elements(&self) -> Result<usize> {
+        Ok(0)
+    }
     /// The definition, in plain loops and on any number: y of an input that fits, with these parameters; shapes are
     /// those of the module.
     ///

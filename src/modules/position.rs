@@ -1,5 +1,6 @@
 //! Learned positions: a row for every place in a sequence. SPEC.md, section 13.7.
 
+use super::weighted::{check_elements, check_positive};
 use super::{Back, Described, Find, Forward, Module, Parameter, Pass, Signal, defined};
 use crate::{Error, Real, Result, Scalar};
 use ndarray::{Array2, ArrayD, ArrayViewMutD, Axis, Slice};
@@ -81,11 +82,15 @@ impl<T: Scalar> Module<T> for PositionEmbedding<T> {
 impl Described for PositionEmbeddingSettings {
     fn build<T: Scalar>(&self, rng: &mut Pcg64) -> Result<Box<dyn Module<T>>> {
         let shape = (self.max_length, self.embedding_dim);
-        super::weighted::check_positive("max_length", self.max_length)?;
-        super::weighted::check_positive("embedding_dim", self.embedding_dim)?;
+        self.elements()?;
         let weight =
             Array2::from_shape_simple_fn(shape, || T::from_f64(rng.sample::<f64, _>(StandardNormal) * DEVIATION));
         Ok(Box::new(PositionEmbedding { weight, trained: true }))
+    }
+    fn elements(&self) -> Result<usize> {
+        check_positive("max_length", self.max_length)?;
+        check_positive("embedding_dim", self.embedding_dim)?;
+        check_elements("weight", &[self.max_length, self.embedding_dim])
     }
     fn define<R: Real>(&self, x: Signal<R>, parameters: Find<'_, R>) -> ArrayD<R> {
         let (mut y, weight) = (defined(x), parameters("weight"));

@@ -1,6 +1,8 @@
 //! Modules one after the other, and around each other. SPEC.md, section 13.6.
 
-use super::{Back, Backward, Described, Find, Forward, Module, Pass, Settings, Signal, defined, prefixed, run_part};
+use super::{
+    Back, Backward, Described, Find, Forward, LARGEST, Module, Pass, Settings, Signal, defined, prefixed, run_part,
+};
 use crate::{Error, Real, Result, Scalar};
 use ndarray::{ArrayD, Zip};
 use rand_pcg::Pcg64;
@@ -51,13 +53,32 @@ impl<T: Scalar> Sequential<T> {
     ///
     /// A setting out of range (C4), under the module's name; a name that is there twice or has a dot in it.
     pub fn build(modules: &[Named], rng: &mut Pcg64) -> Result<Self> {
-        let names = names(modules)?;
+        let parameters = elements(modules)?;
+        if parameters > LARGEST {
+            let expected = format!("no more than {LARGEST} parameters in all");
+            return Err(Error::Setting { name: "modules", expected, found: parameters.to_string() }); // C4
+        }
         let build = |(name, module): (String, &Named)| match module.settings.build(rng) {
             Ok(module) => Ok((name, module)),
-            Err(Error::Module { module, source }) => Err(Error::Module { module: prefixed(&name, &module), source }),
-            Err(error) => Err(Error::Module { module: name, source: Box::new(error) }),
+            Err(error) => Err(of_part(name, error)),
         };
-        Ok(Self { modules: names.into_iter().zip(modules).map(build).collect::<Result<_>>()? })
+        Ok(Self { modules: names(modules)?.into_iter().zip(modules).map(build).collect::<Result<_>>()? })
+    }
+}
+
+/// How many numbers the parameters of all modules are.
+fn elements(modules: &[Named]) -> Result<usize> {
+    names(modules)?.into_iter().zip(modules).try_fold(0, |sum: usize, (name, module)| {
+        let elements = module.settings.elements().map_err(|error| of_part(name, error))?;
+        Ok(sum.saturating_add(elements))
+    })
+}
+
+/// An error of a module, under its name.
+fn of_part(name: String, error: Error) -> Error {
+    match error {
+        Error::Module { module, source } => Error::Module { module: prefixed(&name, &module), source },
+        error => Error::Module { module: name, source: Box::new(error) },
     }
 }
 
@@ -182,6 +203,9 @@ pub(crate) fn define_all<R: Real>(modules: &[Named], x: Signal<R>, parameters: F
 impl Described for ResidualSettings {
     fn build<T: Scalar>(&self, rng: &mut Pcg64) -> Result<Box<dyn Module<T>>> {
         Ok(Box::new(Residual { inner: Sequential::build(&self.modules, rng)? }))
+    }
+    fn elements(&self) -> Result<usize> {
+        elements(&self.modules)
     }
     fn define<R: Real>(&self, x: Signal<R>, parameters: Find<'_, R>) -> ArrayD<R> {
         let x = defined(x);

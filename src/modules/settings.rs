@@ -49,6 +49,17 @@ macro_rules! modules {
                 }
             }
 
+            /// How many numbers the module's parameters are, before any is allocated.
+            ///
+            /// # Errors
+            ///
+            /// A setting of a shape that is out of range (C4).
+            pub fn elements(&self) -> Result<usize> {
+                match self {
+                    $(Self::$variant(settings) => settings.elements(),)*
+                }
+            }
+
             /// The definition: y of an input that fits, in plain loops on any number; shapes are those of the module.
             ///
             /// # Panics

@@ -52,12 +52,12 @@ pub struct Adapting {
 /// # Ok::<(), woracle::Error>(())
 /// ```
 pub trait Adaptable<T: Scalar> {
-    /// Puts an adapter on it; its weight and bias are frozen from now on.
+    /// Puts an adapter on it, and says how many numbers A and B have; its weight and bias are frozen from now on.
     ///
     /// # Errors
     ///
-    /// As [`Layer::init`]; a dropout that is no probability (C4).
-    fn adapt(&mut self, adapting: &Adapting, rng: &mut Pcg64) -> Result<()>;
+    /// As [`Layer::init`]; a dropout that is no probability, an A or B beyond what a small model has (C4).
+    fn adapt(&mut self, adapting: &Adapting, rng: &mut Pcg64) -> Result<usize>;
     /// The adapter in float64, and whether the layer is an embedding; `None` without one.
     fn adapter(&self) -> Option<(Adapter<f64>, bool)>;
 }
@@ -215,16 +215,19 @@ impl<T: Scalar> Plain<T> {
 }
 
 impl<O: Operator, T: Scalar> Adaptable<T> for Weighted<O, T> {
-    fn adapt(&mut self, adapting: &Adapting, rng: &mut Pcg64) -> Result<()> {
+    fn adapt(&mut self, adapting: &Adapting, rng: &mut Pcg64) -> Result<usize> {
         let &Adapting { config, rank, init, dropout } = adapting;
         Pass::<T>::check_probability("lora_dropout", dropout)?;
+        let [a, b] = O::LORA_NAMES;
+        let elements =
+            check_elements(a, &[rank, self.operator.fan_in()])? + check_elements(b, &[self.operator.units(), rank])?;
         let base = match &self.state {
             State::Plain(Plain { weight, bias, .. }) => Base { weight: weight.clone(), bias: bias.clone() },
             State::Adapted { layer, .. } => layer.base().clone(),
         };
         let layer = Layer::init(self.operator.clone(), config, base, rank, init, rng)?;
         self.state = State::Adapted { layer: Box::new(layer), dropout };
-        Ok(())
+        Ok(elements)
     }
     fn adapter(&self) -> Option<(Adapter<f64>, bool)> {
         let State::Adapted { layer, .. } = &self.state else { return None };
@@ -235,9 +238,9 @@ impl<O: Operator, T: Scalar> Adaptable<T> for Weighted<O, T> {
     }
 }
 
-/// Longer axes and larger weights than these are mistakes: they would only take memory.
+/// Longer axes, and models of more numbers, are mistakes: they would only take memory.
 const LONGEST: usize = 1 << 24;
-const LARGEST: usize = 1 << 30;
+pub(crate) const LARGEST: usize = 1 << 27;
 
 /// Fails on a length of 0, or one beyond what a small model has. C4
 pub(super) fn check_positive(name: &'static str, value: usize) -> Result<()> {
@@ -248,10 +251,10 @@ pub(super) fn check_positive(name: &'static str, value: usize) -> Result<()> {
 }
 
 /// Fails on a tensor beyond what a small model has. C4
-fn check_elements(tensor: &str, shape: &[usize]) -> Result<()> {
+pub(super) fn check_elements(tensor: &str, shape: &[usize]) -> Result<usize> {
     let elements = shape.iter().try_fold(1, |elements: usize, &length| elements.checked_mul(length));
-    if elements.is_some_and(|elements| elements <= LARGEST) {
-        return Ok(());
+    if let Some(elements) = elements.filter(|&elements| elements <= LARGEST) {
+        return Ok(elements);
     }
     let expected = format!("no more than {LARGEST} elements");
     Err(Error::Shape { tensor: tensor.into(), expected, found: shape.to_vec() }) // C4
@@ -263,6 +266,10 @@ enum Start {
     Uniform,
     /// Standard normal.
     Normal,
+}
+
+fn elements<O: Operator>(operator: &O, bias: bool) -> Result<usize> {
+    Ok(check_elements("weight", &operator.weight_shape())? + if bias { operator.units() } else { 0 })
 }
 
 /// A trained layer with fresh weights.
@@ -350,6 +357,9 @@ impl Described for LinearMap {
     fn build<T: Scalar>(&self, rng: &mut Pcg64) -> Result<Box<dyn Module<T>>> {
         fresh(self.operator()?, self.bias, Start::Uniform, rng)
     }
+    fn elements(&self) -> Result<usize> {
+        elements(&self.operator()?, self.bias)
+    }
     fn define<R: Real>(&self, x: Signal<R>, parameters: Find<'_, R>) -> ArrayD<R> {
         define(&self.operator().expect("settings that fit"), x, self.bias, parameters)
     }
@@ -396,6 +406,9 @@ impl EmbeddingTable {
 impl Described for EmbeddingTable {
     fn build<T: Scalar>(&self, rng: &mut Pcg64) -> Result<Box<dyn Module<T>>> {
         fresh(self.operator()?, false, Start::Normal, rng)
+    }
+    fn elements(&self) -> Result<usize> {
+        elements(&self.operator()?, false)
     }
     fn define<R: Real>(&self, x: Signal<R>, parameters: Find<'_, R>) -> ArrayD<R> {
         define(&self.operator().expect("settings that fit"), x, false, parameters)
@@ -470,6 +483,9 @@ impl<const N: usize> ConvolutionSettings<N> {
 impl<const N: usize> Described for ConvolutionSettings<N> {
     fn build<T: Scalar>(&self, rng: &mut Pcg64) -> Result<Box<dyn Module<T>>> {
         fresh(self.operator()?, self.bias, Start::Uniform, rng)
+    }
+    fn elements(&self) -> Result<usize> {
+        elements(&self.operator()?, self.bias)
     }
     fn define<R: Real>(&self, x: Signal<R>, parameters: Find<'_, R>) -> ArrayD<R> {
         define(&self.operator().expect("settings that fit"), x, self.bias, parameters)

@@ -60,7 +60,7 @@ pub struct AdapterTable {
 }
 
 /// A rank beyond this is a mistake: it would only take memory.
-const MOST_RANKS: usize = 1 << 16;
+const MOST_RANKS: usize = 1 << 12;
 
 /// Modules: a list of names, or one regular expression.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -3,7 +3,7 @@
 use super::AdapterTable;
 use super::seeds::seed_of;
 use crate::error::{check_finite, check_shape};
-use crate::modules::{Forward, Module, Named, Parameter, Pass, Sequential, Signal};
+use crate::modules::{Forward, LARGEST, Module, Named, Parameter, Pass, Sequential, Signal};
 use crate::peft::AdapterConfig;
 use crate::tensor_file::TensorFile;
 use crate::wora::Adapter;
@@ -136,11 +136,15 @@ impl<T: Scalar> Model<T> {
         let peft = table.to_peft()?;
         self.freeze();
         let mut rng = Pcg64::seed_from_u64(seed_of("adapter", seed, &[]));
-        let (mut adapted, mut names) = (Vec::new(), Vec::new());
+        let (mut adapted, mut names, mut parameters) = (Vec::new(), Vec::new(), 0);
         for (name, layer) in self.modules.layers_mut() {
             if peft.targets(&name)? {
                 let put = table.of(&peft, &name).and_then(|adapting| layer.adapt(&adapting, &mut rng));
-                put.map_err(|error| Error::Module { module: name.clone(), source: Box::new(error) })?;
+                parameters += put.map_err(|error| Error::Module { module: name.clone(), source: Box::new(error) })?;
+                if parameters > LARGEST {
+                    let expected = format!("adapters of no more than {LARGEST} parameters in all");
+                    return Err(Error::Setting { name: "rank", expected, found: parameters.to_string() }); // C4
+                }
                 adapted.push(name.clone());
             }
             names.push(name);
