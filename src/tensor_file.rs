@@ -12,6 +12,7 @@
 //! # Ok::<(), woracle::Error>(())
 //! ```
 
+use crate::digest::hexadecimal;
 use crate::dtype::Dtype;
 use crate::{Error, Result};
 use half::{bf16, f16};
@@ -19,6 +20,7 @@ use ndarray::ArrayD;
 use rayon::prelude::*;
 use safetensors::SafeTensorError;
 use safetensors::tensor::{Metadata, TensorInfo};
+use sha2::{Digest, Sha256};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -150,6 +152,18 @@ impl<'a> TensorFile<'a> {
             return Err(refuse(&SafeTensorError::MetadataIncompleteBuffer));
         }
         Ok(Self { source, header, start })
+    }
+
+    /// The SHA-256 of the whole file, in hexadecimal: of what was opened, whatever has its name by now.
+    pub(crate) fn sha256(&self) -> std::io::Result<String> {
+        let (length, mut digest) = (self.start + self.header.data_len() as u64, Sha256::new());
+        let mut buffer = vec![0; BYTES];
+        for start in (0..length).step_by(BYTES) {
+            let piece = &mut buffer[..(length - start).min(BYTES as u64) as usize];
+            self.source.read_exact_at(piece, start)?;
+            digest.update(piece);
+        }
+        Ok(hexadecimal(digest))
     }
 
     /// The text beside the tensors.

@@ -2,6 +2,7 @@
 
 use super::config::{AdapterConfig, CONFIG_FILE};
 use super::save::write_adapter;
+use crate::digest::sha256;
 use crate::error::check_finite;
 use crate::tensor_file::TensorFile;
 use crate::tensor_writer::Planned;
@@ -40,6 +41,7 @@ pub(super) const MAGNITUDE_OF_WORA: &str = "lora_magnitude_vector.weight";
 pub struct Checkpoint {
     directory: PathBuf,
     config: AdapterConfig,
+    config_hash: String,
     file: TensorFile<'static>,
     modules: BTreeMap<String, ModuleTensors>,
     replaced: BTreeMap<String, String>,
@@ -98,7 +100,8 @@ impl Checkpoint {
             let message = "expected a tensor of an adapter, found none".into();
             return Err(Error::File { path, message }); // C7
         }
-        let checkpoint = Self { directory: directory.into(), config, file, modules, replaced };
+        let (directory, config_hash) = (directory.into(), sha256(text));
+        let checkpoint = Self { directory, config, config_hash, file, modules, replaced };
         checkpoint
             .modules
             .keys()
@@ -110,6 +113,12 @@ impl Checkpoint {
     /// Where it is.
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// The SHA-256 of its weights and of its configuration, as they were when it was opened.
+    pub(super) fn hashes(&self) -> Result<[String; 2]> {
+        let weights = self.file.sha256().map_err(|error| Error::io(&self.directory.join(ADAPTER_FILE), &error))?;
+        Ok([weights, self.config_hash.clone()])
     }
 
     /// `adapter_config.json`.

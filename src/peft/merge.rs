@@ -3,7 +3,7 @@
 use super::checkpoint::{ADAPTER_FILE, Checkpoint};
 use super::model::{Found, Model, Naming};
 use super::module::{Module, has_norms, in_parallel};
-use super::record::{Change, Changed, FORMAT, Kept, RECORD_FILE, Record, hash_adapter, write_record};
+use super::record::{Change, Changed, FORMAT, Kept, RECORD_FILE, Record, write_record};
 use super::rewrite::{Make, Output, Outputs, Sink, Staged, round, round_rows, write_model};
 use crate::digest::{hexadecimal, sha256};
 use crate::dtype::Dtype;
@@ -225,7 +225,7 @@ pub fn merge(
             "expected a base, found one that has been merged: unmerge it, or give all adapters at once".into();
         return Err(Error::File { path: record, message });
     }
-    let hashes = adapters.iter().map(hash_adapter).collect::<Result<Vec<_>>>()?;
+    let hashes = adapters.iter().map(Checkpoint::hashes).collect::<Result<Vec<_>>>()?;
     if let Some(twice) = (1..hashes.len()).find(|&nth| hashes[..nth].contains(&hashes[nth])) {
         let message = "expected every adapter once, found it twice".into();
         return Err(Error::File { path: adapters[twice].directory().into(), message });

@@ -1,17 +1,13 @@
 //! What it takes to undo a merge, beside the merged model: norms, hashes, and where asked for what was changed.
 
-use super::checkpoint::{ADAPTER_FILE, Checkpoint};
-use super::config::CONFIG_FILE;
 use super::merge::planned;
 use super::rewrite::Staged;
-use crate::digest::hexadecimal;
 use crate::dtype::Dtype;
 use crate::tensor_file::TensorFile;
 use crate::tensor_writer::{Planned, TensorWriter};
 use crate::{Error, Result};
 use safetensors::tensor::TensorInfo;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
@@ -73,16 +69,6 @@ pub(super) struct Record {
     pub tensors: Vec<Changed>,
 }
 
-fn hash_file(path: &Path) -> Result<String> {
-    let mut digest = Sha256::new();
-    let mut file = File::open(path).map_err(|error| Error::io(path, &error))?;
-    in_pieces(&mut file, path, |bytes| {
-        digest.update(bytes);
-        Ok(())
-    })?;
-    Ok(hexadecimal(digest))
-}
-
 /// Everything that there is to be read, piece by piece.
 fn in_pieces(from: &mut impl Read, path: &Path, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
     let mut buffer = vec![0; PIECE];
@@ -92,11 +78,6 @@ fn in_pieces(from: &mut impl Read, path: &Path, mut each: impl FnMut(&[u8]) -> R
             count => each(&buffer[..count])?,
         }
     }
-}
-
-pub(super) fn hash_adapter(adapter: &Checkpoint) -> Result<[String; 2]> {
-    let [weights, config] = [ADAPTER_FILE, CONFIG_FILE].map(|name| hash_file(&adapter.directory().join(name)));
-    Ok([weights?, config?])
 }
 
 /// The base's own tensors on their way to the record, whose header says more than is known before they are all there.

@@ -4,7 +4,7 @@ use super::checkpoint::{ADAPTER_FILE, Checkpoint};
 use super::merge::{Progress, planned};
 use super::model::Model;
 use super::module::{Module, has_norms, in_parallel};
-use super::record::{BASE, Change, Changed, NORM, RECORD_FILE, Record, hash_adapter, read_record};
+use super::record::{BASE, Change, Changed, NORM, RECORD_FILE, Record, read_record};
 use super::rewrite::{Make, Output, Outputs, Sink, Staged, round, round_rows, write_model};
 use crate::digest::{hexadecimal, sha256};
 use crate::dtype::Dtype;
@@ -30,7 +30,7 @@ pub fn unmerge(merged: &Path, adapter: &Checkpoint, out: &Path, progress: &Progr
     let file = TensorFile::open(&path)?;
     let record = read_record(&file).map_err(|error| error.in_file(&path))?;
     let refuse = |message: String| Error::File { path: path.clone(), message };
-    if !record.adapters.contains(&hash_adapter(adapter)?) {
+    if !record.adapters.contains(&adapter.hashes()?) {
         let found = adapter.directory().display();
         return Err(refuse(format!("expected an adapter that was merged, found another in {found}")));
     }

@@ -268,11 +268,11 @@ impl Attempt<'_> {
         Ended::of(self.start(more))
     }
 
-    /// The same where no file can have more than so many of the units of `ulimit`.
-    pub fn run_limited(&self, units: u64) -> Ended {
+    /// The same where no file can have more than so many bytes.
+    pub fn run_limited(&self, bytes: usize) -> Ended {
         let command = self.command_on(&self.work.input(), &[]);
-        let mut limited = Command::new("sh");
-        limited.args(["-c", &format!("ulimit -f {units}; exec \"$@\""), "sh"]).arg(command.get_program());
+        let mut limited = Command::new("prlimit");
+        limited.arg(format!("--fsize={bytes}")).arg(command.get_program());
         limited.args(command.get_args()).envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
         Ended::of(limited.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap())
     }

@@ -1,7 +1,7 @@
 """What became of mutants: python3 tests/mutants/score.py RESULTS... [--missed]
 
-Missed ones that equivalent.toml explains are counted apart. Exits with 1 if a mutant of the mathematics is missed and not
-explained."""
+Those that equivalent.toml explains are counted apart. Exits with 1 if a mutant of the mathematics was missed or not tried
+and is not explained, or an explanation is of none."""
 
 import collections
 import json
@@ -20,6 +20,7 @@ equivalent = tomllib.loads((pathlib.Path(__file__).parent / "equivalent.toml").r
 explained = collections.Counter(
     (entry["file"], mutant) for entry in equivalent["mutants"] for mutant in entry["mutants"]
 )
+by_hand = {(entry["file"], mutant): "by_hand" in entry for entry in equivalent["mutants"] for mutant in entry["mutants"]}
 places = collections.defaultdict(collections.Counter)
 missed = []
 for line in latest.values():
@@ -28,7 +29,7 @@ for line in latest.values():
     outcome = line["outcome"]
     if outcome in ("missed", "unplanted") and explained[file, mutant.strip()] > 0:
         explained[file, mutant.strip()] -= 1
-        outcome = "equivalent"
+        outcome = "killed" if by_hand[file, mutant.strip()] else "equivalent"
     elif outcome in ("missed", "unplanted"):
         missed.append((outcome, line["name"], line.get("by", "")))
     places[file.rsplit("/", 1)[0]][outcome] += 1
@@ -43,4 +44,8 @@ for folder, counts in sorted(places.items(), key=lambda place: (place[0] == "in 
 if "--missed" in sys.argv:
     for line in missed:
         print(*line, sep="\t")
-sys.exit(any(outcome == "missed" and name.startswith(STRICT) for outcome, name, _ in missed))
+tried = {name.split(":", 1)[0] for name in latest}
+unused = [entry for entry, count in explained.items() if count > 0 and entry[0] in tried and entry[0].startswith(STRICT)]
+for file, mutant in unused:
+    print(f"{file}: no mutant was missed that this explains: {mutant}")
+sys.exit(bool(unused) or any(name.startswith(STRICT) for _, name, _ in missed))
