@@ -3,7 +3,8 @@
 use super::files::{parts, with_files};
 use woracle::peft::{ADAPTER_FILE, CONFIG_FILE, Checkpoint, INDEX_FILE, MergeOptions, Model, inspect, merge};
 
-const CONFIG: &str = r#"{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["fc"], "use_dora": true}"#;
+pub(super) const CONFIG: &str =
+    r#"{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["fc"], "use_dora": true}"#;
 
 pub fn run(bytes: &[u8]) -> bool {
     let [index, one, two, adapter] = parts(bytes);

@@ -13,6 +13,7 @@ mod data;
 mod factored;
 mod files;
 mod product;
+mod record;
 
 // Shared with the tests of laws.
 #[allow(dead_code)]
@@ -28,6 +29,7 @@ pub static TARGETS: &[(&str, Target)] = &[
     ("adapter_tensors", adapter_tensors::run),
     ("arguments", arguments::run),
     ("base_shards", base_shards::run),
+    ("record", record::run),
     ("case_file", case_file::run),
     ("configuration", configuration::run),
     ("csv", data::csv),

@@ -16,7 +16,7 @@ const STAGES: &[(&str, &[&str])] = &[
     ("4", &["laws", "operators", "bounds"]),
     ("40", &["layer", "workspace", "laws", "explain", "peft", LIBRARY]),
     ("16", &["matmul", "golden", "bad_input", "bad_inputs", "modules", "rounding", "diagnose", "gradcheck"]),
-    ("16", &["mistakes", "train", "report", "summaries", "bench", "spec"]),
+    ("16", &["mistakes", "train", "report", "summaries", "bench", "spec", "memory"]),
 ];
 
 /// The unit tests.
