@@ -550,7 +550,7 @@ mod tests {
     #[test]
     fn names_in_a_legend_stand_beside_each_other() {
         let series = ["one", "two", "three"].map(|name| Series::new(name, Mark::Line, Ink::Nth(0), vec![(0.0, 0.0)]));
-        let chart = Chart::new("", Axis::linear("x"), Axis::linear("y")).with_all(series);
+        let chart = Chart::new("three names", Axis::linear("x"), Axis::linear("y")).with_all(series);
         let svg = Picture::new("", "").with(chart).to_svg();
         let place = |name: &str| {
             let (before, _) = svg.split_once(&format!("\n{name}\n")).expect("a name");
@@ -565,6 +565,7 @@ mod tests {
         let step = two.0 - one.0;
         assert!(one.1 == two.1 && two.1 == three.1 && step > LETTER * 3.0, "{one:?} {two:?} {three:?}");
         approx::assert_relative_eq!(three.0 - two.0, step, epsilon = 1.0);
+        assert_eq!(place("three names").0, f64::from(WIDTH * FINE) / 2.0);
     }
 
     #[test]

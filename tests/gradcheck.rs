@@ -1166,3 +1166,15 @@ fn paths_are_affine_where_they_are_said_to_be() {
     }
     assert!(found.iter().all(|&count| count > 50), "{found:?}");
 }
+
+#[test]
+fn a_function_of_numbers_in_another_unit_is_judged_alike() {
+    for power in [-60, -20, 0, 20, 60] {
+        let unit = 2f64.powi(power);
+        let judge = |off: f64| {
+            let x = array![0.75, -1.5].into_dyn() * unit;
+            verdict(&elementwise(false, x, |_, x| (x / unit).sin(), |_, x| (x / unit).cos() / unit * off))
+        };
+        assert_eq!([1.0, 1.001].map(judge), [Verdict::Agree, Verdict::Disagree], "2^{power}");
+    }
+}

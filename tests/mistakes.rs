@@ -34,7 +34,8 @@ const TABLE: &str = "
     gain-norm-twice gain-on-lora-only gain-on-base-only scaling-root-of-rank alpha-squared beta-on-both-terms
     lora-subtracted alpha-interpolates bias-twice bias-times-beta bias-times-scaling dropout-unscaled
     embed-scale-on-base-only scale-grad-by-freq-ignored padding-mode-dropped fold-overwrites magnitude-detached
-    lora-a-detached lora-b-detached base-weight-detached bias-detached input-detached
+    lora-a-detached lora-b-detached base-weight-detached bias-detached input-detached norm-gradient-sign
+    norm-gradient-twice
 ";
 
 /// `y[o] += W[u, c] x[i]` as `[o, u, c, i]`, and whether the term is stale: a stale one reads A and W0 of before they
@@ -418,10 +419,13 @@ impl<'a> Naive<'a> {
         let (y, here) = self.y(&tensors, None, false);
         let last = self.last_windows(&dy);
         let (of_last, _) = last.y(&tensors, None, false);
-        let hold = match self.wrong {
-            "norm-not-detached" => false,
-            "norm-detached" => true,
-            _ => setting(self.case, "norm_gradient") == "detached",
+        // With the norms held and not, each so many times.
+        let times: &[(bool, f64)] = match (self.wrong, setting(self.case, "norm_gradient") == "full") {
+            ("norm-not-detached", _) => &[(false, 1.0)],
+            ("norm-detached", _) | (_, false) => &[(true, 1.0)],
+            ("norm-gradient-sign", true) => &[(true, 2.0), (false, -1.0)],
+            ("norm-gradient-twice", true) => &[(true, -1.0), (false, 2.0)],
+            _ => &[(false, 1.0)],
         };
         let mut results = Tensors::new();
         for name in tensors.keys() {
@@ -437,9 +441,11 @@ impl<'a> Naive<'a> {
                 for (step, factor) in [(h, 8.0), (-h, -8.0), (2.0 * h, -1.0), (-2.0 * h, 1.0)] {
                     let mut moved = tensors.clone();
                     moved.get_mut(name).expect("itself").as_slice_mut().expect("standard layout")[element] += step;
-                    let (there, _) = naive.y(&moved, Some(&here), hold);
-                    let change: f64 = there.iter().zip(y).zip(&dy).map(|((there, y), dy)| (there - y) * dy).sum();
-                    *derivative += factor * change / (12.0 * h);
+                    for &(hold, times) in times {
+                        let (there, _) = naive.y(&moved, Some(&here), hold);
+                        let change: f64 = there.iter().zip(y).zip(&dy).map(|((there, y), dy)| (there - y) * dy).sum();
+                        *derivative += times * factor * change / (12.0 * h);
+                    }
                 }
             }
             results.insert(format!("grad.{name}"), gradient);

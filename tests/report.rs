@@ -50,7 +50,18 @@ fn every_picture_has_words_and_axes() {
         // Nothing that cannot be seen on one of the two grounds.
         assert!(picture.contains("currentColor") && !picture.contains("#000000") && !picture.contains("#FFFFFF"));
         assert!(picture.matches("<text").count() > 8, "no labels");
+        let after = |text: &str, key: &str| -> Vec<f64> {
+            let (_, rest) = text.split_once(&format!("{key}=\"")).expect("an attribute");
+            rest.split('"').next().unwrap().split(' ').map(|number| number.parse().expect("a number")).collect()
+        };
+        let size = after(picture, "viewBox");
+        for text in picture.split("<text").skip(1) {
+            let (x, y) = (after(text, " x")[0], after(text, " y")[0]);
+            assert!((0.0..=size[2]).contains(&x) && (0.0..=size[3]).contains(&y), "{x}, {y}: outside");
+        }
     }
+    let curves = &report().v_curves.curves;
+    assert_eq!(html.matches("The best single difference, at h = ").count(), 2 * curves.len());
     assert!(html.contains("step h, in the element") && html.contains("alpha, without a unit"));
 }
 
@@ -188,6 +199,10 @@ fn every_series_is_drawn_under_its_own_name() {
 
     let plane = &report().plane;
     let drawn = plane.picture();
+    let svg = drawn.to_svg();
+    let labels = |text: &str| svg.matches(&format!("\n{text}\n")).count();
+    assert_eq!(["\u{2212}2", "0", "2"].map(labels), [2; 3], "the origin is in the middle of both axes");
+    assert_eq!(labels("Loss over alpha and beta, and steps downhill"), 1);
     let inclinations = |name: &str| -> Vec<f64> {
         let steps = drawn.points(name).expect("a series").chunks(2);
         steps.map(|step| step[0].0 * (step[1].0 - step[0].0) + step[0].1 * (step[1].1 - step[0].1)).collect()

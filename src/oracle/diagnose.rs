@@ -297,3 +297,28 @@ fn ranked(mut candidates: Vec<Candidate>, unexplained: f64) -> Vec<Candidate> {
     candidates.truncate(ties.max(TOLD));
     candidates
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_that_tie_with_the_best_are_told_and_a_few_more() {
+        let candidate = |residual: f64, misfit: f64| Candidate {
+            id: String::new(),
+            ids: vec!["one"],
+            title: String::new(),
+            seen: String::new(),
+            section: "",
+            residual,
+            runner_up_ratio: None,
+            misfit,
+        };
+        let told = |ties: usize, others: usize| {
+            let ties = (0..ties).map(|_| candidate(0.0, 0.0));
+            ranked(ties.chain((0..others).map(|_| candidate(1.0, 1.0))).collect(), 100.0).len()
+        };
+        assert_eq!([told(TOLD + 3, 4), told(2, 10), told(2, 1)], [TOLD + 3, TOLD, 3]);
+        assert_eq!(ranked(vec![candidate(4.0, 4.0)], 100.0).len(), 0, "it leaves too much");
+    }
+}

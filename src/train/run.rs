@@ -522,3 +522,23 @@ impl fmt::Display for Summary {
         write!(f, "{by}: unmerged {test}, merged {merged}: {relation}")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_merged_model_is_as_good_where_it_only_rounds_otherwise() {
+        let of = |loss: f64, accuracy: f64, bits: Option<f64>| Evaluation { loss, accuracy: Some(accuracy), bits };
+        let unmerged = of(2.0, 0.5, None);
+        for (merged, good) in [
+            (of(2.0 + 500.0 * f64::EPSILON, 0.5, None), true),
+            (of(2.0 + 4000.0 * f64::EPSILON, 0.5, None), false),
+            (of(2.0, 0.75, None), false),
+        ] {
+            assert_eq!(as_good::<f64>(&unmerged, &merged), good, "{merged:?}");
+        }
+        assert!(as_good::<f32>(&unmerged, &of(2.0 + 1e-5, 0.5, None)));
+        assert!(as_good::<f64>(&of(2.0, 0.5, Some(3.0)), &of(2.0, 0.501, Some(3.0))), "a tie of many characters");
+    }
+}
