@@ -247,6 +247,31 @@ fn nothing_is_computed_for_what_is_frozen() {
     let of_b = ["b.lora_A", "b.lora_B", "b.lora_magnitude_vector", "b.lora_wora_alpha", "b.lora_wora_beta"];
     assert_eq!(gradients(&model), of_b);
     assert_eq!(model.count_trained(), 3 + 2 + 2 + 1 + 1);
+    model.adapt(&table("a".into()), 2).unwrap();
+    assert_eq!(gradients(&model).len(), 2 * of_b.len());
     let refused = model.adapt(&table(serde_json::json!(["nothing"])), 2).unwrap_err();
     assert!(refused.to_string().contains("expected some of a, b"), "{refused}");
+}
+
+#[test]
+fn an_axis_that_is_flattened_alone_stays() {
+    let flatten: Settings = serde_json::from_str(r#"{"type": "flatten", "start_dim": 1, "end_dim": 1}"#).unwrap();
+    let module = flatten.build::<f64>(&mut Pcg64::seed_from_u64(0)).unwrap();
+    let x = Array::from_shape_fn((2, 3, 4), |(i, j, k)| (12 * i + 4 * j + k) as f64).into_dyn();
+    let (y, _) = module.forward(Signal::Values(x.clone()), &Pass::evaluation()).unwrap();
+    assert_eq!(y, x);
+}
+
+#[test]
+fn every_place_and_every_seed_has_a_mask_of_its_own() {
+    let mask = |seed: u64, place: &str| Pass::<f64>::training(seed).inside(place).mask(&[64], 0.5).expect("a mask");
+    let (seeds, places) = (0..8, ["", "a", "b", "aa", "fc1", "fc2"]);
+    for seed in seeds.clone() {
+        for (nth, place) in places.iter().enumerate() {
+            let own = mask(seed, place);
+            assert!((16..48).contains(&own.iter().filter(|&&kept| kept == 2.0).count()), "{own}");
+            assert!(places[..nth].iter().all(|other| mask(seed, other) != own), "{place:?}");
+            assert!(seeds.clone().filter(|&other| other != seed).all(|other| mask(other, place) != own), "{seed}");
+        }
+    }
 }

@@ -265,6 +265,8 @@ fn the_digits_example_adapts_to_turned_digits_and_leaves_its_base_alone() {
         after.push(adapt["trained"]["test"]["accuracy"].as_f64().unwrap());
         let svg = std::fs::read_to_string(out.join("curves.svg")).unwrap();
         assert!(svg.starts_with("<svg") && svg.contains("<title>") && svg.contains("conv1 alpha"), "a picture");
+        assert!(svg.contains("accuracy in %"), "the metric");
+        assert!(last.contains(" %"), "{last}");
     }
     let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
     assert!(mean(&before) < 0.5, "{before:?}");
