@@ -106,3 +106,32 @@ impl<R: Real> Real for DualOver<R> {
         Self { re: self.re.erf(), eps: self.eps * erf_slope(self.re) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One of any numbers and one of f64 are the same rules, written by two people.
+    #[test]
+    fn derivatives_over_any_number_are_those_of_dual_numbers() {
+        type Of<N> = fn(N) -> N;
+        fn unary<N: Real>() -> [Of<N>; 4] {
+            [N::sqrt, N::exp, N::ln, N::erf]
+        }
+        fn binary<N: Real>() -> [fn(N, N) -> N; 4] {
+            [|a, b| a + b, |a, b| a - b, |a, b| a * b, |a, b| a / b]
+        }
+        let over = |re: f64, eps: f64| DualOver { re, eps };
+        for (ours, theirs) in unary::<DualOver<f64>>().into_iter().zip(unary::<Dual>()) {
+            let (ours, theirs) = (ours(over(0.7, 2.0)), theirs(Dual::new(0.7, 2.0)));
+            approx::assert_relative_eq!(ours.re, theirs.re, max_relative = 1e-14);
+            approx::assert_relative_eq!(ours.eps, theirs.eps, max_relative = 1e-14);
+        }
+        for (ours, theirs) in binary::<DualOver<f64>>().into_iter().zip(binary::<Dual>()) {
+            let (ours, theirs) =
+                (ours(over(0.7, 2.0), over(-1.5, 0.3)), theirs(Dual::new(0.7, 2.0), Dual::new(-1.5, 0.3)));
+            approx::assert_relative_eq!(ours.re, theirs.re, max_relative = 1e-14);
+            approx::assert_relative_eq!(ours.eps, theirs.eps, max_relative = 1e-14);
+        }
+    }
+}
