@@ -346,7 +346,7 @@ fn what_cannot_be_run_is_said_before_anything_is_trained_and_leaves_the_director
             "rank = 2\nrank_pattern = { fc = 3 }",
             "adapter.rank_pattern: expected a pattern that fits some of conv, head",
         ),
-        ("rank = 2", "rank = 2000000000", "adapter.rank: expected 1 or more, up to 65536"),
+        ("rank = 2", "rank = 2000000000", "adapter.rank: expected 1 or more, up to 4096"),
         ("out_features = 10", "out_features = 4000000000", "setting out_features: expected 1 or more, up to"),
         (
             "method = \"wora\"",
