@@ -3,7 +3,7 @@
 use super::files::with_files;
 use woracle::train::{Model, read};
 
-/// What a model may need that is a mistake nowhere: memory is limited by the numbers that it says it has.
+/// So many parameters are built: a larger model that is no mistake takes what memory it says.
 const SMALL: usize = 1 << 20;
 
 pub fn run(bytes: &[u8]) -> bool {
@@ -11,7 +11,7 @@ pub fn run(bytes: &[u8]) -> bool {
         let Ok(read) = read(&directory.join("train.toml")) else { return false };
         let modules = &read.config.model.modules;
         let elements: Result<Vec<_>, _> = modules.iter().map(|module| module.settings.elements()).collect();
-        // What is too large for any model is refused before memory is asked for.
+        // What is a mistake, beyond 2^27, is to be refused before memory is asked for; ranks are, beyond 2^12.
         if elements.is_ok_and(|elements| (SMALL..1 << 27).contains(&elements.into_iter().sum())) {
             return false;
         }

@@ -6,11 +6,12 @@ use woracle::matmul::{Accumulate, product, product_into};
 
 pub fn run(bytes: &[u8]) -> bool {
     let [rows, inner, columns, layout_a, layout_b, layout_c, long, values @ ..] = bytes else { return false };
-    let sizes = [rows, inner, columns].map(|size| usize::from(*size) % 40);
-    // A product that threads share has one long side at least.
-    let long = usize::from(*long);
-    let sizes: [usize; 3] =
-        std::array::from_fn(|axis| if long % 4 == axis { sizes[axis] * (long / 4) } else { sizes[axis] });
+    let mut sizes = [rows, inner, columns].map(|size| usize::from(*size) % 40);
+    // Threads share what one long side makes large enough.
+    let (side, times) = (usize::from(long % 4), usize::from(*long) / 2);
+    if let Some(size) = sizes.get_mut(side) {
+        *size *= times;
+    }
     let layouts = [*layout_a, *layout_b, *layout_c];
     of::<f32>(sizes, layouts, values);
     of::<f64>(sizes, layouts, values);
