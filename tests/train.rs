@@ -165,7 +165,7 @@ fn a_run_that_is_killed_anywhere_goes_on_to_the_same_bits() {
 #[cfg(unix)]
 fn interrupt(written: &Written, name: &str, more: &[&str], stage: &str, lines: usize) -> String {
     let out = written.out(name);
-    let run = Command::new(env!("CARGO_BIN_EXE_wora"))
+    let mut run = Command::new(env!("CARGO_BIN_EXE_wora"))
         .args(["train", &written.config(), "--out", out.to_str().unwrap()])
         .args(more)
         .stderr(Stdio::piped())
@@ -176,6 +176,7 @@ fn interrupt(written: &Written, name: &str, more: &[&str], stage: &str, lines: u
         text.lines().filter(|line| line.contains(&format!("\"stage\":{stage:?}"))).count()
     };
     while there() < lines {
+        assert!(run.try_wait().unwrap().is_none(), "the run has ended by itself");
         std::thread::sleep(Duration::from_millis(1));
     }
     assert!(Command::new("kill").args(["-INT", &run.id().to_string()]).status().unwrap().success());
