@@ -24,7 +24,7 @@ use operands::{Magnitudes, Operands, Units};
 use rows::{Backward, RowErrors, Rows, Terms, WeightErrors};
 
 /// So many elements of the weight are looked at together.
-const BLOCK: usize = 1 << 20;
+const BLOCK: usize = 1 << 21;
 
 /// The type that intermediates are stored in, as far as it decides how far off results may be.
 ///
@@ -304,11 +304,19 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         };
         let bias = layer.base.bias.as_ref();
         let y = self.results.y.view().into_shape_with_order(p.dim()).expect("as many as P");
-        Zip::indexed(&mut error).and(p).and(&self.mixed).and(y).par_for_each(|(_, i, _), error, &p, &z, &y| {
-            let (g, b) = (self.gain_out[i], bias.map_or(0.0, |bias| bias[i]));
-            let (base, lora) = (g * beta * p, g * gamma * z);
-            let stored = p * p + base * base + 2.0 * lora * lora;
-            *error += stored + shared[i] * (base + lora).powi(2) + chain * y * y + b * b + tiny_sq;
+        // In the shape of one outer position where there is one inner one: what lies contiguous is gone through as one row.
+        let of_unit = Array2::from_shape_fn((p.len_of(Axis(1)), 1), |(i, _)| {
+            (self.gain_out[i], shared[i], bias.map_or(0.0, |bias| bias[i]))
+        });
+        let outer =
+            Zip::from(error.outer_iter_mut()).and(p.outer_iter()).and(self.mixed.outer_iter()).and(y.outer_iter());
+        outer.par_for_each(|error, p, z, y| {
+            let all = Zip::from(error).and(p).and(z).and(y).and_broadcast(&of_unit);
+            all.for_each(|error, &p, &z, &y, &(g, shared, b)| {
+                let (base, lora) = (g * beta * p, g * gamma * z);
+                let stored = p * p + base * base + 2.0 * lora * lora;
+                *error += stored + shared * (base + lora).powi(2) + chain * y * y + b * b + tiny_sq;
+            });
         });
         error.into_shape_with_order(self.results.y.shape()).expect("as many as y")
     }
@@ -333,10 +341,10 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             value.mapv(|value| factor * factor * error + (1.0 + of_all) * value * value + tiny_sq) // E68
         };
         let [lora_a, lora_b] = self.pair(rows, errors, t);
-        let h_sq = dy_sq * &gain_sq.view().insert_axis(Axis(1));
         let u_sq = square(&self.cache.lora_output);
-        let lora_b =
-            lora_b + mix_adjoint_weight(h_sq.view(), u_sq.view(), operator.groups()) * (chain + of_outputs + 1.0); // E69
+        let of_u =
+            mix_adjoint_weight(dy_sq.view(), u_sq.view(), operator.groups()) * gain_sq.view().insert_axis(Axis(1));
+        let lora_b = lora_b + of_u * (chain + of_outputs + 1.0); // E69
         let x_sq = self.cache.adapted_input();
         let x_sq = x_sq
             .values()
