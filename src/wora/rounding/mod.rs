@@ -304,7 +304,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         };
         let bias = layer.base.bias.as_ref();
         let y = self.results.y.view().into_shape_with_order(p.dim()).expect("as many as P");
-        // In the shape of one outer position where there is one inner one: what lies contiguous is gone through as one row.
+        // Where there is one inner position this has the shape of an outer one, which is then gone through as one row.
         let of_unit = Array2::from_shape_fn((p.len_of(Axis(1)), 1), |(i, _)| {
             (self.gain_out[i], shared[i], bias.map_or(0.0, |bias| bias[i]))
         });
