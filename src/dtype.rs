@@ -66,8 +66,12 @@ impl Dtype {
 
     /// The distance between neighbours at a number.
     pub fn ulp(self, value: f64) -> f64 {
-        let exponent = if value == 0.0 || !value.is_finite() { i32::MIN } else { exponent(value) };
-        power_of_two(exponent.max(self.least_exponent()) - (self.digits() - 1))
+        self.spacing().at(value)
+    }
+
+    /// The same for many numbers.
+    pub(crate) fn spacing(self) -> Spacing {
+        Spacing { smallest_normal: power_of_two(self.least_exponent()), last_place: power_of_two(1 - self.digits()) }
     }
 
     /// The distance between the numbers nearest to 0.
@@ -149,18 +153,27 @@ impl Dtype {
     }
 }
 
+/// How far apart the numbers of a type are.
+#[derive(Clone, Copy)]
+pub(crate) struct Spacing {
+    smallest_normal: f64,
+    /// Of 1.
+    last_place: f64,
+}
+
+impl Spacing {
+    #[inline(always)]
+    pub fn at(self, value: f64) -> f64 {
+        // The power of two that a number has in it; infinite for what is no finite number.
+        let power = f64::from_bits(value.to_bits() & 0x7ff0_0000_0000_0000);
+        let normal = self.smallest_normal < power && power < f64::INFINITY;
+        if normal { power * self.last_place } else { self.smallest_normal * self.last_place }
+    }
+}
+
 /// `2^exponent`, from the smallest subnormal f64 up.
 fn power_of_two(exponent: i32) -> f64 {
     f64::from_bits(if exponent < -1022 { 1 << (exponent + 1074) } else { ((exponent + 1023) as u64) << 52 })
-}
-
-/// The exponent of a finite number other than 0.
-fn exponent(value: f64) -> i32 {
-    let bits = value.to_bits();
-    match ((bits >> 52) & 0x7ff) as i32 {
-        0 => -1023 - (bits << 12).leading_zeros() as i32,
-        biased => biased - 1023,
-    }
 }
 
 impl fmt::Display for Dtype {

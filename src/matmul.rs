@@ -224,15 +224,17 @@ mod backend {
         sums
     }
 
-    /// Columns that lie contiguous are read by faer where they lie: copied to where they do not meet in the cache,
-    /// which makes a product of 4096 x 512 x 4096 in f64 twice as fast.
+    /// Columns that lie contiguous are read by faer where they lie: where they would meet in the cache rows are made of
+    /// them, which makes a product of 4096 x 512 x 4096 more than twice as fast.
     fn without_aliasing<T: Scalar>(a: ArrayView2<'_, T>) -> CowArray<'_, T, Ix2> {
         let meet = |stride: isize| stride > 0 && (stride as usize * size_of::<T>()).is_multiple_of(PAGE);
         match *a.strides() {
             [1, stride] if meet(stride) => {
-                let mut apart = apart(a.nrows(), a.ncols());
-                copy_columns(a, apart.view_mut());
-                apart.into()
+                let mut rows = Array2::zeros(a.raw_dim());
+                let blocks =
+                    rows.axis_chunks_iter_mut(Axis(0), COPIED).into_par_iter().zip(a.axis_chunks_iter(Axis(0), COPIED));
+                blocks.for_each(|(mut rows, a)| rows.assign(&a));
+                rows.into()
             }
             _ => a.into(),
         }

@@ -317,7 +317,7 @@ fn worst(dtype: Dtype, way: Way) -> BTreeMap<(&'static str, String), f64> {
     specs(dtype).into_par_iter().flat_map_iter(of_case).collect()
 }
 
-/// E55 to E73: too narrow a bound refuses one of them, too wide a one is more than 32 times what they reach.
+/// E55 to E73, E151: too narrow a bound refuses one of them, too wide a one is more than 32 times what they reach.
 #[test]
 fn implementations_that_store_every_intermediate_in_a_type_are_accepted_by_bounds_not_much_wider_than_their_errors() {
     let mut wrong = vec![];

@@ -29,6 +29,7 @@ pub mod case_file;
 pub mod diagnose;
 mod facts;
 pub mod golden;
+mod judge;
 pub mod verify;
 
 pub use crate::dtype::Dtype;

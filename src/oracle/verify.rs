@@ -12,17 +12,15 @@
 //! # Ok::<(), woracle::Error>(())
 //! ```
 
+use super::judge::{Errors, judge};
 use super::{CaseFile, Dtype};
 use crate::case::{Case, Tensor, Tensors, unravel};
 use crate::error::{check_finite, check_shape};
-use crate::operators::PARALLEL_ELEMENTS;
 use crate::registry;
 use crate::wora::SCALE_NAMES;
 use crate::{Error, Result};
-use ndarray::{ArrayD, ArrayRef, IxDyn};
-use rayon::prelude::*;
+use ndarray::ArrayD;
 use serde::Serialize;
-use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How many times the rounding error to expect an answer may be off, and the oracle beside it.
@@ -121,7 +119,23 @@ impl Expected {
     pub fn judge(&self, file: &CaseFile) -> Vec<TensorVerdict> {
         let one = |(name, bound): (&String, &ArrayD<f64>)| {
             let Tensor::Float(actual) = &file.case.tensors[name] else { unreachable!("an answer has values") };
-            judge(name, actual, self.witnesses.iter().map(|witness| &witness[name]), bound, file.dtype(name))
+            let (witnesses, dtype) = (self.witnesses.iter().map(|witness| &witness[name]), file.dtype(name));
+            let Errors { beyond, over, absolute, relative, ulps, worst } = judge(actual, witnesses, bound, dtype);
+            let [expected, actual_there, bound] = worst.map_or([f64::NAN; 3], |(_, there)| there);
+            TensorVerdict {
+                name: name.into(),
+                verdict: if beyond > 0 { Verdict::Fail } else { Verdict::Pass },
+                dtype,
+                beyond,
+                error_over_bound: over,
+                max_abs_error: absolute,
+                max_rel_error: relative,
+                max_ulps: ulps,
+                worst_index: worst.map_or_else(Vec::new, |(element, _)| unravel(element, actual.shape())),
+                expected,
+                actual: actual_there,
+                bound,
+            }
         };
         self.bounds.iter().map(one).collect()
     }
@@ -245,89 +259,4 @@ fn answers<'a>(case: &'a Case, layer: &dyn registry::Subject) -> Result<Vec<&'a 
         }
     }
     Ok(answers)
-}
-
-fn judge<'a>(
-    name: &str,
-    actual: &ArrayRef<f64, IxDyn>,
-    witnesses: impl Iterator<Item = &'a ArrayD<f64>>,
-    bound: &ArrayD<f64>,
-    dtype: Dtype,
-) -> TensorVerdict {
-    fn elements(values: &ArrayRef<f64, IxDyn>) -> Cow<'_, [f64]> {
-        values.as_slice().map_or_else(|| values.iter().copied().collect(), Cow::from)
-    }
-    let witnesses: Vec<_> = witnesses.map(|witness| elements(witness)).collect();
-    let (actuals, bounds) = (elements(actual), elements(bound));
-    let add = |mut errors: Errors, element: usize| {
-        let of = |witness: &Cow<'_, [f64]>| {
-            errors.add(element, [witness[element], actuals[element], bounds[element]], dtype)
-        };
-        let over = witnesses.iter().map(of).fold(0.0, f64::max);
-        errors.beyond += usize::from(over > 1.0);
-        errors
-    };
-    let elements = (0..actuals.len()).into_par_iter().with_min_len(PARALLEL_ELEMENTS);
-    let Errors { beyond, over, absolute, relative, ulps, worst } =
-        elements.fold(Errors::default, add).reduce(Errors::default, Errors::and);
-    let [expected, actual_there, bound] = worst.map_or([f64::NAN; 3], |(_, there)| there);
-    TensorVerdict {
-        name: name.into(),
-        verdict: if beyond > 0 { Verdict::Fail } else { Verdict::Pass },
-        dtype,
-        beyond,
-        error_over_bound: over,
-        max_abs_error: absolute,
-        max_rel_error: relative,
-        max_ulps: ulps,
-        worst_index: worst.map_or_else(Vec::new, |(element, _)| unravel(element, actual.shape())),
-        expected,
-        actual: actual_there,
-        bound,
-    }
-}
-
-/// The largest errors of some elements.
-#[derive(Clone, Copy, Default)]
-struct Errors {
-    beyond: usize,
-    over: f64,
-    absolute: f64,
-    relative: f64,
-    ulps: f64,
-    /// Where the error is largest against its bound, and what is expected there, found, and allowed.
-    worst: Option<(usize, [f64; 3])>,
-}
-
-impl Errors {
-    /// With those of an element; returns its error over its bound.
-    fn add(&mut self, element: usize, there: [f64; 3], dtype: Dtype) -> f64 {
-        let [expected, actual, bound] = there;
-        let difference = (actual - expected).abs();
-        let error = if difference.is_nan() { f64::INFINITY } else { difference };
-        // A bound that is no number is no bound.
-        let over = if error == 0.0 { 0.0 } else { error / bound };
-        let over = if over.is_nan() || bound.is_nan() { f64::INFINITY } else { over };
-        let relative = if error == 0.0 { 0.0 } else { error / expected.abs() };
-        self.absolute = self.absolute.max(error);
-        self.relative = self.relative.max(relative);
-        self.ulps = self.ulps.max(error / dtype.ulp(expected));
-        if over > self.over || self.worst.is_none() {
-            (self.over, self.worst) = (over, Some((element, there)));
-        }
-        over
-    }
-
-    /// With those of later elements.
-    fn and(self, later: Self) -> Self {
-        let later_is_worse = self.worst.is_none() || later.over > self.over;
-        Self {
-            beyond: self.beyond + later.beyond,
-            over: self.over.max(later.over),
-            absolute: self.absolute.max(later.absolute),
-            relative: self.relative.max(later.relative),
-            ulps: self.ulps.max(later.ulps),
-            worst: if later_is_worse { later.worst } else { self.worst },
-        }
-    }
 }

@@ -403,7 +403,7 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
         if let Some(direction) = &cache.direction {
             let dgain = match self.config.norm_axis {
                 NormAxis::Output => &p * beta + &z * gamma, // E27
-                NormAxis::Input => column_sums(feature_products(cache, du.as_ref().expect("features"))), // E27
+                NormAxis::Input => column_sums(feature_products(cache, du.as_ref().expect("features").view())), // E27
             };
             magnitude = Some(direction.dmagnitude(dgain.view())); // E28
             watch("E27", "c", &|| dgain.clone().into_dyn());
@@ -515,8 +515,8 @@ fn masked<'x, O: Operator, T: Scalar>(
 }
 
 /// `x~ du`, in the shape of x, whose sums over rows are the gradients of the columns' gains.
-pub(super) fn feature_products<O: Operator, T: Scalar>(cache: &Cache<'_, O, T>, du: &ArrayD<T>) -> ArrayD<T> {
-    &cache.adapted_input().values().expect("features") * du
+pub(super) fn feature_products<O: Operator, T: Scalar>(cache: &Cache<'_, O, T>, du: ArrayViewD<'_, T>) -> ArrayD<T> {
+    &cache.adapted_input().values().expect("features") * &du
 }
 
 /// Sums over rows, for every column: `[fan_in]`.

@@ -4,10 +4,10 @@ use super::{Passes, square};
 use crate::operators::{Operator, channel_products, mix_adjoint_input, mix_into};
 use crate::wora::passes::{column_sums, feature_products};
 use crate::wora::{Direction, Gradients, NormAxis};
-use ndarray::{Array1, Array3, ArrayD, Axis};
+use ndarray::{Array1, Array3, Axis, CowArray, IxDyn, Zip};
 
 /// The backward, as far as it comes before the weight's.
-pub(super) struct Cotangent {
+pub(super) struct Cotangent<'v> {
     /// How many outputs a unit has, and the chain of a sum over them.
     pub outputs: usize,
     pub chain: f64,
@@ -16,11 +16,12 @@ pub(super) struct Cotangent {
     /// The sums of dy^2 P^2 and of dy^2 (Z^2 + B^2 U^2) over a unit's outputs: `[units]`
     pub p_terms: Array1<f64>,
     pub z_terms: Array1<f64>,
-    /// T = H B, stored, and its error: `[outer, rank, inner]`
+    /// T = H B, stored, the squares of its sums' terms, and its error: `[outer, rank, inner]`
     pub t: Array3<f64>,
+    pub t_terms: Array3<f64>,
     pub t_error: Array3<f64>,
     /// The gradient of what meets the weight, before the gains of columns, in the shape of x; `None` for ids
-    pub du: Option<ArrayD<f64>>,
+    pub du: Option<CowArray<'v, f64, IxDyn>>,
     /// The gradient of g, and what the factored way adds to its error: one a row
     pub dgain: Array1<f64>,
     pub dgain_error: Array1<f64>,
@@ -28,22 +29,22 @@ pub(super) struct Cotangent {
     pub fraction: Option<Array1<f64>>,
 }
 
-impl Cotangent {
-    pub fn new<O: Operator>(passes: &Passes<'_, '_, O>, values: &Gradients<f64>) -> Self {
+impl<'v> Cotangent<'v> {
+    pub fn new<O: Operator>(passes: &Passes<'_, '_, O>, values: &'v Gradients<f64>) -> Self {
         let Passes { layer, cache, beta, gamma, .. } = *passes;
         let (dy, groups) = (passes.dy(), layer.operator.groups());
         let outputs = dy.len_of(Axis(0)) * dy.len_of(Axis(2));
         let chain = passes.storage.of_sum(outputs);
-        let (dy_sq, mut lora_sq) = (square(&dy), square(&passes.mixed));
-        let mut apart = Array3::zeros(lora_sq.dim());
-        mix_into(apart.view_mut(), square(&layer.b()).view(), square(&cache.lora_output).view(), groups);
-        lora_sq += &apart;
-        let p_terms = channel_products(dy_sq.view(), square(&cache.base_output).view());
-        let z_terms = channel_products(dy_sq.view(), lora_sq.view());
+        let dy_sq = square(&dy);
+        let mut squares = square(&cache.base_output);
+        let p_terms = channel_products(dy_sq.view(), squares.view());
+        Zip::from(&mut squares).and(&passes.mixed).par_for_each(|square, &z| *square = z * z);
+        mix_into(squares.view_mut(), square(&layer.b()).view(), square(&cache.lora_output).view(), groups);
+        let z_terms = channel_products(dy_sq.view(), squares.view());
         let gained = &layer.b() * &passes.gain_out.view().insert_axis(Axis(1));
         let t = mix_adjoint_input(gained.view(), dy.view(), groups);
         let t_terms = mix_adjoint_input(square(&gained).view(), dy_sq.view(), groups);
-        let t_error = (t_terms + square(&t)) * passes.chain_of_inputs();
+        let t_error = (&t_terms + &square(&t)) * passes.chain_of_inputs();
         let du = du(passes, values, &t);
 
         let norms = layer.base_sq.len();
@@ -56,24 +57,28 @@ impl Cotangent {
                     (&p_terms * (beta * beta) + &z_terms * (gamma * gamma)) * (chain + passes.chain_of_outputs())
                 }
                 NormAxis::Input => {
-                    let products = feature_products(cache, du.as_ref().expect("du"));
+                    let products = feature_products(cache, du.as_ref().expect("du").view());
                     column_sums(square(&products)) * (chain + passes.chain_of_inputs())
                 }
             };
             dgain_error = terms; // E64
         }
         let fraction = layer.operator.gradient_fraction(&cache.x).map(Array1::from);
-        Self { outputs, chain, dy_sq, p_terms, z_terms, t, t_error, du, dgain, dgain_error, fraction }
+        Self { outputs, chain, dy_sq, p_terms, z_terms, t, t_terms, t_error, du, dgain, dgain_error, fraction }
     }
 }
 
-fn du<O: Operator>(passes: &Passes<'_, '_, O>, values: &Gradients<f64>, t: &Array3<f64>) -> Option<ArrayD<f64>> {
+fn du<'v, O: Operator>(
+    passes: &Passes<'_, '_, O>,
+    values: &'v Gradients<f64>,
+    t: &Array3<f64>,
+) -> Option<CowArray<'v, f64, IxDyn>> {
     let (layer, cache) = (passes.layer, passes.cache);
     if cache.dropped.is_none() && layer.config.norm_axis == NormAxis::Output {
-        return values.x.clone();
+        return values.x.as_ref().map(CowArray::from);
     }
     let h_beta = &passes.dy() * &(&passes.gain_out * passes.beta).insert_axis(Axis(1));
     let t = t * passes.gamma;
     let pairs = [(h_beta.view(), layer.weight()), (t.view(), layer.a())];
-    layer.operator.adjoint_input(&cache.x, &pairs)
+    layer.operator.adjoint_input(&cache.x, &pairs).map(CowArray::from)
 }

@@ -6,6 +6,7 @@
 //! `*_error` holds squares of them.
 
 mod cotangent;
+mod low_rank;
 mod operands;
 mod row;
 mod rows;
@@ -14,14 +15,19 @@ mod tests;
 
 use super::{Adapter, Cache, Evaluation, Gradients, Layer, NormAxis};
 use crate::Scalar;
-use crate::operators::{Input, Operator, channel_sums, in_standard_layout, mix_adjoint_weight, mix_into};
+use crate::operators::{
+    Input, Operator, channel_products, channel_sums, in_standard_layout, mix_adjoint_weight, mix_into,
+};
+use crate::wora::passes::column_sums;
 use cotangent::Cotangent;
+use low_rank::LowRank;
 use ndarray::{
     Array1, Array2, Array3, ArrayBase, ArrayD, ArrayView1, ArrayView3, ArrayViewD, Axis, CowArray, Data, Dimension,
     Ix2, Ix3, RawData, Zip,
 };
-use operands::{Magnitudes, Operands, Units};
-use rows::{Backward, RowErrors, Rows, Terms, WeightErrors};
+use operands::{Operands, Units};
+use row::Summed;
+use rows::{Backward, RowErrors, Rows, WeightErrors};
 
 /// So many elements of the weight are looked at together.
 const BLOCK: usize = 1 << 21;
@@ -136,6 +142,31 @@ fn in_shape(values: ArrayViewD<'_, f64>, shape: (usize, usize, usize)) -> CowArr
     values.to_shape(shape).expect("as many elements").into_owned().into()
 }
 
+/// What the squares that make up the error of an output are multiplied by, where the sums of W' are there already. E61
+struct OfUnit {
+    sums: f64,
+    base_sq: f64,
+    both: f64,
+    lora_sq: f64,
+    y_sq: f64,
+    once: f64,
+}
+
+/// Adds to the errors of one outer position, `[units, inner]`, what sums, P, Z and y add to them.
+fn add_outputs(units: &[OfUnit], [sums, p, z, y]: [&[f64]; 4], error: &mut [f64]) {
+    let inner = error.len() / units.len().max(1);
+    let at = |place: usize, unit: &OfUnit| {
+        let OfUnit { sums: of_sums, base_sq, both, lora_sq, y_sq, once } = unit;
+        let (p, z, y) = (p[place], z[place], y[place]);
+        of_sums * sums[place] + base_sq * p * p + both * p * z + lora_sq * z * z + y_sq * y * y + once // E61
+    };
+    for (i, unit) in units.iter().enumerate() {
+        for (place, error) in error[i * inner..(i + 1) * inner].iter_mut().enumerate() {
+            *error += at(i * inner + place, unit);
+        }
+    }
+}
+
 /// Forward and backward at a point.
 struct Passes<'a, 'x, O: Operator> {
     layer: &'a Layer<O, f64>,
@@ -149,6 +180,12 @@ struct Passes<'a, 'x, O: Operator> {
     /// The gains of units and of columns: at most one is not 1.
     gain_out: Array1<f64>,
     gain_in: Array1<f64>,
+    /// `x~^2`
+    x_sq: O::Input<'static, f64>,
+    /// The operator with every factor squared.
+    squared: O,
+    /// `D^2`, `B^2 A^2` and 1, for what sums over W' add up beside W0^2.
+    low_rank: [LowRank; 3],
     /// Z = B U: `[outer, units, inner]`
     mixed: Array3<f64>,
     /// `[outer, units, inner]`
@@ -171,11 +208,25 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let or_ones = |gain: Option<ArrayView1<'_, f64>>, length| {
             gain.map_or_else(|| Array1::ones(length), |gain| gain.to_owned())
         };
+        let operator = &layer.operator;
+        let x = cache.adapted_input();
+        let x_sq = match x.values() {
+            Some(x) => O::Input::from_values(Zip::from(x).par_map_collect(|x| x * x)).expect("values"),
+            None => x.ids().and_then(|ids| O::Input::from_ids(ids.to_owned())).expect("ids"),
+        };
+        let (a, b, groups) = (layer.a(), layer.b(), operator.groups());
         Self {
             layer,
             cache,
             results,
             storage,
+            x_sq,
+            squared: operator.power(2),
+            low_rank: [
+                LowRank::square_of_product(a, b, groups),
+                LowRank::product_of_squares(a, b),
+                LowRank::ones(operator.units(), operator.fan_in(), groups),
+            ],
             tiny_sq: storage.smallest_normal.powi(2),
             beta: layer.beta(),
             gamma: layer.alpha() * layer.scaling(),
@@ -189,63 +240,124 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
     /// The squared errors of every result, large products computed in P, of about `block` elements of the weight at a
     /// time; `None` where P has not the range for them.
     fn errors<P: Scalar>(&self, cotangent: Option<&Cotangent>, block: usize) -> Option<Evaluation<f64>> {
-        let (layer, results, cache) = (self.layer, self.results, self.cache);
-        let operands = Operands::<O, P>::new(&layer.operator, cache, self.dy.as_ref().map(|dy| dy.view()));
+        let (layer, results, cache, axis) = (self.layer, self.results, self.cache, self.layer.config.norm_axis);
+        let dy = self.dy.as_ref().map(|dy| dy.view());
+        let operands = Operands::<O, P>::new(&layer.operator, layer.weight(), cache, dy)?;
         let factors = layer.factors();
         let of_norm = self.storage.of_total(factors.base.ncols());
         let rows = Rows::new(factors, cache.direction.as_ref(), [of_norm, self.chain_of_all()], self.tiny_sq);
-        let of_base = cache
-            .dropped
-            .as_ref()
-            .map_or(Magnitudes::NONE, |_| Magnitudes::of_array(layer.base.weight.view()).squared());
-        let chain = self.chain_of_outputs();
 
-        let mut sums = Sums::new(self, &rows);
-        let blocks = self.blocks(block);
-        let mut terms = Terms::<P>::new(blocks[0].0.len(), rows.factors.base.ncols(), sums.x.is_some());
-        for (range, units) in blocks {
-            let dmerged = cotangent.map(|_| operands.weights(&units));
-            let of_rows = cotangent.zip(dmerged.as_ref()).map(|(cotangent, [x, terms])| Backward {
-                dmerged: (self.as_weight(x.0.view()), x.1),
-                dmerged_terms: (self.as_weight(terms.0.view()), terms.1),
+        // On the norms' side W0^2 alone is multiplied, and the sums by what rows have of their own.
+        let (mut squares, scale) = operands.weight_sq();
+        let by_norm = match axis {
+            NormAxis::Output => Some(operands.outputs(squares.view(), scale).into_dyn()),
+            NormAxis::Input => cotangent.map(|_| operands.inputs(squares.view(), scale)),
+        };
+        // On the other side every element has something of its own, which takes the place of its square.
+        let is_wanted = axis == NormAxis::Input || results.gradients.as_ref().is_some_and(|all| all.x.is_some());
+        let mut elements = self.as_weight(squares.view_mut());
+        elements.slice_axis_inplace(Axis(1), (..if is_wanted { elements.ncols() } else { 0 }).into());
+        let summed = Summed {
+            stored: self.stored(if axis == NormAxis::Output { NormAxis::Input } else { NormAxis::Output }),
+            chain: self.chain_of_outputs(),
+        };
+        let terms = cotangent.zip(by_norm.as_ref()).map(|(cotangent, sums)| self.terms(cotangent, sums));
+        let mut errors = RowErrors::none(layer.base_sq.len(), &rows.factors);
+        let mut weights = self.weight_errors(&rows);
+        for (range, units) in self.blocks(block) {
+            let dmerged = cotangent.map(|_| operands.dmerged(&units));
+            let of_rows = cotangent.zip(dmerged.as_ref()).zip(terms.as_ref());
+            let of_rows = of_rows.map(|((cotangent, (x, scale)), [terms_of_base, terms_of_delta])| Backward {
+                dmerged: (self.as_weight(x.view()), *scale),
                 chain: cotangent.chain,
                 fraction: cotangent.fraction.as_ref(),
+                terms_of_base,
+                terms_of_delta,
                 dgain: &cotangent.dgain,
                 dgain_error: &cotangent.dgain_error,
                 norm_gradient: layer.config.norm_gradient,
             });
-            let weights = sums.weights.rows(&range);
-            terms.truncate(range.len());
-            let magnitudes = rows.add(range, chain, of_rows.as_ref(), &mut sums.rows, weights, &mut terms);
-            if !operands.fit(magnitudes.and(of_base)) {
+            let of_units = elements.slice_axis_mut(Axis(0), range.clone().into());
+            let magnitudes =
+                rows.add(range.clone(), of_rows.as_ref(), &mut errors, weights.rows(&range), (of_units, summed));
+            if !operands.fit(magnitudes) {
                 return None;
             }
-            operands.add_outputs(&units, self.as_weight(terms.of_outputs.view()), sums.y.view_mut());
-            if let Some(dx) = &mut sums.x {
-                operands.add_inputs(&units, self.as_weight(terms.of_inputs.view()), dx);
-            }
-            if let Some(dmerged) = dmerged {
+            if let Some((dmerged, _)) = dmerged {
                 operands.recycle(dmerged);
             }
         }
 
-        let Sums { rows: errors, weights: WeightErrors { weighted, merged, dweighted }, y, x } = sums;
+        let WeightErrors { weighted, merged, dweighted } = weights;
         let stored = |rows: Array2<f64>| layer.operator.stored_weight(self.as_weight(rows));
         let per_norm = |relative: &Array1<f64>, of: &Option<Array1<f64>>| of.as_ref().map(|of| relative * &square(of));
+        let squares = squares.view();
+        let (y_sums, dx_sums) = match axis {
+            NormAxis::Output => (by_norm, is_wanted.then(|| operands.inputs(squares, 1.0))),
+            NormAxis::Input => (Some(operands.outputs(squares, 1.0).into_dyn()), by_norm),
+        };
+        let y_sums = y_sums.expect("sums").into_dimensionality().expect("as P has");
         Some(Evaluation {
-            y: self.y(y, &errors.gain, &operands),
+            y: self.y(y_sums, &errors.gain, &operands),
             weighted: results.weighted.as_ref().map(|_| stored(weighted)),
             weight_norm: per_norm(&errors.norm, &results.weight_norm),
             gain: per_norm(&errors.gain, &results.gain),
             merged_weight: results.merged_weight.as_ref().map(|_| stored(merged)),
             gradients: results.gradients.as_ref().zip(cotangent).map(|(values, cotangent)| {
-                let x =
-                    values.x.as_ref().zip(x).map(|(dx, terms)| self.dx(dx, terms, &errors.gain, cotangent, &operands));
-                let weight =
-                    values.weight.as_ref().map(|value| self.dweight(value, dweighted, cotangent.chain, &operands));
+                let x = values.x.as_ref().zip(dx_sums);
+                let x = x.map(|(dx, sums)| self.dx(dx, sums, &errors.gain, cotangent, &operands));
+                let weight = values.weight.as_ref().map(|value| self.dweight(value, dweighted, cotangent, &operands));
                 Gradients { x, weight, ..self.gradients(values, cotangent, &errors, &rows) }
             }),
         })
+    }
+
+    /// The squared terms of X contracted row by row with `W0^2` and with `D^2`, by way of the sums that have those in them.
+    fn terms(&self, cotangent: &Cotangent, of_base: &ArrayD<f64>) -> [Array1<f64>; 2] {
+        let axis = self.layer.config.norm_axis;
+        let dy_sq = cotangent.dy_sq.view();
+        let base = match axis {
+            NormAxis::Output => channel_products(dy_sq, of_base.view().into_dimensionality().expect("as P has")),
+            NormAxis::Input => column_sums(of_base * &self.x_sq.values().expect("features")),
+        };
+        // What is small beside the terms of a square may come out below 0.
+        let delta = self.low_rank[0].contracted(axis, &self.squared, &self.x_sq, dy_sq);
+        [base, delta.mapv(|terms| terms.max(0.0))]
+    }
+
+    /// Room for the errors of whole weights, where they are wanted.
+    fn weight_errors(&self, rows: &Rows<'_>) -> WeightErrors<Array2<f64>> {
+        let (norms, columns) = rows.factors.base.dim();
+        let weight = |wanted: bool| Array2::zeros((norms, if wanted { columns } else { 0 }));
+        let Evaluation { weighted, merged_weight, gradients, .. } = self.results;
+        let dweight = gradients.as_ref().and_then(|gradients| gradients.weight.as_ref());
+        WeightErrors {
+            weighted: weight(weighted.is_some()),
+            merged: weight(merged_weight.is_some()),
+            dweighted: weight(dweight.is_some()),
+        }
+    }
+
+    /// How often W' is stored among what a sum adds up: in y once, and once more in dx, which reads it again.
+    fn stored(&self, side: NormAxis) -> f64 {
+        if side == NormAxis::Output { 1.0 } else { 2.0 }
+    }
+
+    /// What the squares that a sum over W' adds up on the norms' side are multiplied by, row by row: W0^2, and those of
+    /// low rank. The error of a gain is none of their own: all terms of such a sum share it. E151
+    fn of_squares(&self) -> (Array1<f64>, [LowRank; 3]) {
+        let axis = self.layer.config.norm_axis;
+        let gain = self.cache.direction.as_ref().map(|direction| direction.gain.view());
+        let g_sq = gain.map_or_else(|| Array1::ones(self.layer.base_sq.len()), |gain| square(&gain));
+        let often = self.stored(axis) + self.chain_of_outputs();
+        let (gamma_sq, tiny_sq) = (self.gamma * self.gamma, self.tiny_sq);
+        let [delta, terms, ones] = &self.low_rank;
+        let low_rank = [
+            delta.scaled(axis, &(&g_sq * (6.0 * often * gamma_sq))),
+            terms.scaled(axis, &(&g_sq * (often * gamma_sq))),
+            ones.scaled(axis, &((&g_sq * (gamma_sq + 1.0) + 1.0) * (often * tiny_sq))),
+        ];
+        (g_sq * (5.0 * often * self.beta * self.beta), low_rank)
     }
 
     /// The rows of the weight that are looked at together, and the units that they belong to: few enough to stay in the
@@ -283,20 +395,24 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         self.dy.as_ref().expect("a cotangent").view()
     }
 
-    /// W0 in the type that products are computed in.
-    fn base<P: Scalar>(&self) -> Array2<P> {
-        self.layer.weight().mapv(P::from_f64)
-    }
-
-    /// Of y, in its shape, from what the terms of W' add up to. E61
-    fn y<P: Scalar>(&self, mut error: Array3<f64>, gain_error: &Array1<f64>, operands: &Operands<O, P>) -> ArrayD<f64> {
+    /// Of y, in its shape, from what it adds up of squares. E61
+    fn y<P: Scalar>(&self, sums: Array3<f64>, gain_error: &Array1<f64>, operands: &Operands<'_, O, P>) -> ArrayD<f64> {
         let Self { layer, beta, gamma, tiny_sq, .. } = *self;
         let (p, chain) = (&self.cache.base_output, self.chain_of_outputs());
+        let mut error = Array3::zeros(p.dim());
+        let of_sums = match layer.config.norm_axis {
+            NormAxis::Input => Array1::ones(p.len_of(Axis(1))),
+            NormAxis::Output => {
+                let (of_base, low_rank) = self.of_squares();
+                low_rank::add_outputs(&low_rank, &self.squared, &self.x_sq, &mut error);
+                of_base
+            }
+        };
         let gained_sq = square(&(&layer.b() * &(&self.gain_out * gamma).insert_axis(Axis(1))));
         let u_error = square(&self.cache.lora_output) * chain;
         mix_into(error.view_mut(), gained_sq.view(), u_error.view(), layer.operator.groups());
         if self.cache.dropped.is_some() {
-            error += &operands.outputs_of_both(self.base().view(), chain);
+            error += &operands.outputs_of_both(chain);
         }
         let shared = match layer.config.norm_axis {
             NormAxis::Output => gain_error.clone(),
@@ -304,19 +420,22 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         };
         let bias = layer.base.bias.as_ref();
         let y = self.results.y.view().into_shape_with_order(p.dim()).expect("as many as P");
-        // Where there is one inner position this has the shape of an outer one, which is then gone through as one row.
-        let of_unit = Array2::from_shape_fn((p.len_of(Axis(1)), 1), |(i, _)| {
-            (self.gain_out[i], shared[i], bias.map_or(0.0, |bias| bias[i]))
-        });
-        let outer =
-            Zip::from(error.outer_iter_mut()).and(p.outer_iter()).and(self.mixed.outer_iter()).and(y.outer_iter());
-        outer.par_for_each(|error, p, z, y| {
-            let all = Zip::from(error).and(p).and(z).and(y).and_broadcast(&of_unit);
-            all.for_each(|error, &p, &z, &y, &(g, shared, b)| {
-                let (base, lora) = (g * beta * p, g * gamma * z);
-                let stored = p * p + base * base + 2.0 * lora * lora;
-                *error += stored + shared * (base + lora).powi(2) + chain * y * y + b * b + tiny_sq;
-            });
+        let of_unit = |i: usize| {
+            let (base, lora, shared) = (self.gain_out[i] * beta, self.gain_out[i] * gamma, shared[i]);
+            OfUnit {
+                sums: of_sums[i],
+                base_sq: 1.0 + (1.0 + shared) * base * base,
+                both: 2.0 * shared * base * lora,
+                lora_sq: (2.0 + shared) * lora * lora,
+                y_sq: chain,
+                once: bias.map_or(0.0, |bias| bias[i] * bias[i]) + tiny_sq,
+            }
+        };
+        let units: Vec<_> = (0..p.len_of(Axis(1))).map(of_unit).collect();
+        let outer = Zip::from(error.outer_iter_mut()).and(sums.outer_iter()).and(p.outer_iter());
+        outer.and(self.mixed.outer_iter()).and(y.outer_iter()).par_for_each(|mut error, sums, p, z, y| {
+            let parts = [sums, p, z, y].map(|part| part.to_slice().expect("standard layout"));
+            add_outputs(&units, parts, error.as_slice_mut().expect("standard layout"));
         });
         error.into_shape_with_order(self.results.y.shape()).expect("as many as y")
     }
@@ -331,7 +450,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
     ) -> Gradients<f64> {
         let Self { layer, gamma, tiny_sq, .. } = *self;
         let (operator, adapter) = (&layer.operator, &values.adapter);
-        let Cotangent { chain, dy_sq, t, t_error, p_terms, z_terms, .. } = cotangent;
+        let Cotangent { chain, dy_sq, t, t_terms, t_error, p_terms, z_terms, .. } = cotangent;
         let (of_outputs, gain_sq) = (self.chain_of_outputs(), square(&self.gain_out));
         let of_all = self.chain_of_all();
         let [of_unit, of_weight] = [cotangent.outputs, operator.fan_in()].map(|terms| self.storage.of_total(terms));
@@ -341,16 +460,13 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             value.mapv(|value| factor * factor * error + (1.0 + of_all) * value * value + tiny_sq) // E68
         };
         let [lora_a, lora_b] = self.pair(rows, errors, t);
-        let u_sq = square(&self.cache.lora_output);
-        let of_u =
-            mix_adjoint_weight(dy_sq.view(), u_sq.view(), operator.groups()) * gain_sq.view().insert_axis(Axis(1));
-        let lora_b = lora_b + of_u * (chain + of_outputs + 1.0); // E69
-        let x_sq = self.cache.adapted_input();
-        let x_sq = x_sq
-            .values()
-            .and_then(|x| O::Input::from_values(Zip::from(x).par_map_collect(|x| x * x)))
-            .unwrap_or_else(|| x_sq.clone());
-        let mut of_t = operator.power(2).adjoint_weight(&x_sq, t_error.view()) * square(&self.gain_in) * (chain + 2.0);
+        let (a_sq, u_sq) = (square(&(&layer.a() * &self.gain_in)), square(&self.cache.lora_output));
+        let u_terms = self.squared.apply(&self.x_sq, &[a_sq.view()]).swap_remove(0);
+        let of_u = u_sq * (chain + of_outputs + 1.0) + u_terms * *chain;
+        let of_u = mix_adjoint_weight(dy_sq.view(), of_u.view(), operator.groups());
+        let lora_b = lora_b + of_u * &gain_sq.view().insert_axis(Axis(1)); // E69
+        let of_t = t_error * (chain + 2.0) + t_terms * *chain;
+        let mut of_t = self.squared.adjoint_weight(&self.x_sq, of_t.view()) * square(&self.gain_in);
         if let Some(fraction) = &cotangent.fraction {
             of_t *= &square(fraction);
         }
@@ -390,17 +506,24 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         &self,
         dweight: &ArrayD<f64>,
         dweighted: Array2<f64>,
-        chain: f64,
-        operands: &Operands<O, P>,
+        cotangent: &Cotangent,
+        operands: &Operands<'_, O, P>,
     ) -> ArrayD<f64> {
         let Self { layer, beta, tiny_sq, .. } = *self;
-        let mut error = layer.operator.stored_weight(self.as_weight(dweighted));
+        let chain = cotangent.chain;
+        let mut terms = operands.terms_of_dmerged() * chain;
+        terms *= &square(&self.gain_out).insert_axis(Axis(1));
+        terms *= &square(&self.gain_in);
+        if let Some(fraction) = &cotangent.fraction {
+            terms *= &square(fraction);
+        }
+        let mut error = layer.operator.stored_weight(terms + self.as_weight(dweighted));
         let beta_sq = beta * beta;
         Zip::from(&mut error).and(dweight).par_for_each(|error, &value| {
             *error = beta_sq * *error + 2.0 * value * value + tiny_sq; // E71
         });
         if self.cache.dropped.is_some() {
-            error += &layer.operator.stored_weight(operands.weights_of_both(chain)); // E71
+            error += &layer.operator.stored_weight(operands.dmerged_of_both(chain)); // E71
         }
         error
     }
@@ -426,69 +549,45 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         }
     }
 
-    /// Of dx, from what the terms of W' add up to. E73
+    /// Of dx, from what it adds up of squares. E73
     fn dx<P: Scalar>(
         &self,
         dx: &ArrayD<f64>,
         mut error: ArrayD<f64>,
         gain_error: &Array1<f64>,
         cotangent: &Cotangent,
-        operands: &Operands<O, P>,
+        operands: &Operands<'_, O, P>,
     ) -> ArrayD<f64> {
         let Self { layer, gamma, tiny_sq, .. } = *self;
         let (operator, x, chain) = (&layer.operator, &self.cache.x, self.chain_of_inputs());
         let gained_a = &layer.a() * &self.gain_in * gamma;
-        let Cotangent { t, t_error, du, .. } = cotangent;
+        let Cotangent { dy_sq, t, t_error, du, .. } = cotangent;
         let (lora, du) =
             (operator.adjoint_input(x, &[(t.view(), gained_a.view())]).expect("values"), du.as_ref().expect("values"));
-        let of_t = operator.power(2).adjoint_input(x, &[(t_error.view(), square(&gained_a).view())]);
+        let low_rank = if layer.config.norm_axis == NormAxis::Input {
+            let (of_base, low_rank) = self.of_squares();
+            error *= &of_base;
+            low_rank.into()
+        } else {
+            vec![]
+        };
+        let of_t = (t_error.view(), square(&gained_a));
+        let low = low_rank::inputs(&low_rank, &self.squared, &self.x_sq, dy_sq.view(), of_t).expect("values");
         let by_column = layer.config.norm_axis == NormAxis::Input;
         let du: CowArray<'_, _, _> = if by_column { (du * &self.gain_in).into() } else { du.into() };
-        Zip::from(&mut error).and(&of_t.expect("values")).and(&du).and(&lora).par_for_each(
-            |error, &of_t, &du, &lora| {
-                *error += of_t + (du - lora).powi(2) + lora * lora;
-            },
-        );
+        Zip::from(&mut error).and(&low).and(&du).and(&lora).par_for_each(|error, &low, &du, &lora| {
+            *error += low + (du - lora).powi(2) + lora * lora;
+        });
         if by_column && self.cache.direction.is_some() {
             error += &(du.mapv(|du| du * du) * gain_error);
         }
         if let Some((mask, _)) = &self.cache.dropped {
-            let kept = operands.inputs_of_both(self.base().view(), chain);
+            let kept = operands.inputs_of_both(chain);
             ndarray::azip!((error in &mut error, &kept in &kept, &mask in mask) {
                 *error = mask * mask * (*error + kept) + 2.0 * kept;
             });
         }
         Zip::from(&mut error).and(dx).par_for_each(|error, &dx| *error += (chain + 1.0) * dx * dx + tiny_sq);
         error
-    }
-}
-
-/// What the blocks of the weight add up to.
-struct Sums {
-    rows: RowErrors,
-    weights: WeightErrors<Array2<f64>>,
-    /// What W' alone adds to the error of y: `[outer, units, inner]`
-    y: Array3<f64>,
-    /// And of dx.
-    x: Option<ArrayD<f64>>,
-}
-
-impl Sums {
-    fn new<O: Operator>(passes: &Passes<'_, '_, O>, rows: &Rows<'_>) -> Self {
-        let (norms, columns) = rows.factors.base.dim();
-        let weight = |wanted: bool| Array2::zeros((norms, if wanted { columns } else { 0 }));
-        let Evaluation { weighted, merged_weight, gradients, .. } = passes.results;
-        let dx = gradients.as_ref().and_then(|gradients| gradients.x.as_ref());
-        let dweight = gradients.as_ref().and_then(|gradients| gradients.weight.as_ref());
-        Self {
-            rows: RowErrors::none(norms, &rows.factors),
-            weights: WeightErrors {
-                weighted: weight(weighted.is_some()),
-                merged: weight(merged_weight.is_some()),
-                dweighted: weight(dweight.is_some()),
-            },
-            y: Array3::zeros(passes.mixed.dim()),
-            x: dx.map(|dx| ArrayD::zeros(dx.shape())),
-        }
     }
 }

@@ -2,34 +2,46 @@
 //! newer processors too and chosen at run time.
 
 use crate::Scalar;
-use crate::simd::{contiguous, dot, dot_squares};
+use crate::simd::contiguous;
 use multiversion::multiversion;
 use ndarray::ArrayView1;
+
+/// Sums kept beside each other. Rows end in zeros that fill the last of them, and add nothing to any sum.
+const LANES: usize = 8;
+
+/// So much memory for a row of so many columns.
+pub(super) fn padded(columns: usize) -> usize {
+    columns.next_multiple_of(LANES)
+}
 
 /// One row of the weight; the memory is the next one's too.
 pub(super) struct Row {
     /// Which one.
     pub i: usize,
+    columns: usize,
     /// W0
     base: Vec<f64>,
-    /// D and its error
-    delta: Vec<f64>,
-    delta_error: Vec<f64>,
     /// V and its error
-    pub weighted: Vec<f64>,
-    pub weighted_error: Vec<f64>,
-    /// `<V, D>` and `<V, W0>`
-    pub of_delta: f64,
-    pub of_base: f64,
-    /// X, then `g X`
-    direct: Vec<f64>,
-    /// dV and its error
-    dweighted: Vec<f64>,
-    pub dweighted_error: Vec<f64>,
-    /// The error of what of dV reaches A and W0
-    pub looked_up_error: Vec<f64>,
+    weighted: Vec<f64>,
+    weighted_error: Vec<f64>,
+    /// X
+    dmerged: Vec<f64>,
     /// What has been worked out is used at once.
     scratch: Vec<f64>,
+}
+
+/// What a sum adds up of W': how often it is stored, V's parts apart once more, each with its chain.
+#[derive(Clone, Copy)]
+pub(super) struct Summed {
+    pub stored: f64,
+    pub chain: f64,
+}
+
+/// D and `sum_k left^2 right^2`, as long as [`padded`] says.
+#[derive(Clone, Copy)]
+pub(super) struct Delta<'a> {
+    pub values: &'a [f64],
+    pub terms: &'a [f64],
 }
 
 /// What V is made by, and `t^2`.
@@ -41,96 +53,114 @@ pub(super) struct Mixing {
     pub tiny_sq: f64,
 }
 
-/// A row's gain and its error, and `t^2`.
+/// Sums over a row.
 #[derive(Clone, Copy)]
-pub(super) struct Gain {
-    pub gain: f64,
-    pub error: f64,
-    pub tiny_sq: f64,
+pub(super) struct Stages {
+    /// `sum V^2 error(V)^2`
+    pub weighted_error: f64,
+    /// `<V, D>` and `<V, W0>`
+    pub of_delta: f64,
+    pub of_base: f64,
 }
 
-/// A row of X, and of the squared terms of its sums, each with what it is to be multiplied by.
-pub(super) struct Dmerged<'a, P> {
-    pub values: (ArrayView1<'a, P>, f64),
-    pub terms: (ArrayView1<'a, P>, f64),
-    /// The chain of a sum over outputs.
+/// Sums over a row with its gradient.
+#[derive(Clone, Copy)]
+pub(super) struct Direct {
+    /// What the elements' errors apart add to that of the gradient of g, without those of the terms of X. E64
+    pub apart: f64,
+    /// `<X, D>` and `<X, W0>`
+    pub of_delta: f64,
+    pub of_base: f64,
+}
+
+/// A row's g and k with the squares of their errors, g's relative, and the chains of sums over outputs and over all of the
+/// weight.
+#[derive(Clone, Copy)]
+pub(super) struct Backward {
+    pub gain: f64,
+    pub gain_error: f64,
+    pub k: f64,
+    pub k_error: f64,
     pub chain: f64,
-    /// `[columns]`: in column j a lookup lets only a fraction of its gradient through.
-    pub fraction: Option<ArrayView1<'a, f64>>,
+    pub total_chain: f64,
+    pub tiny_sq: f64,
 }
 
 impl Row {
     pub fn new(columns: usize) -> Self {
-        let row = || vec![0.0; columns];
-        Self {
-            i: 0,
-            base: row(),
-            delta: row(),
-            delta_error: row(),
-            weighted: row(),
-            weighted_error: row(),
-            of_delta: 0.0,
-            of_base: 0.0,
-            direct: row(),
-            dweighted: row(),
-            dweighted_error: row(),
-            looked_up_error: row(),
-            scratch: row(),
-        }
+        let row = || vec![0.0; padded(columns)];
+        Self { i: 0, columns, base: row(), weighted: row(), weighted_error: row(), dmerged: row(), scratch: row() }
     }
 
-    /// D and V from W0, D and `sum_k left^2 right^2`.
-    pub fn set(&mut self, mixing: Mixing, base: ArrayView1<'_, f64>, delta: &[f64], delta_terms: &[f64]) {
-        self.base.copy_from_slice(&contiguous(base));
-        self.delta.copy_from_slice(delta);
-        let Self { base, delta, delta_error, weighted, weighted_error, .. } = self;
-        stages(mixing, base, delta, delta_terms, delta_error, weighted, weighted_error);
-        (self.of_delta, self.of_base) = (dot(&self.weighted, &self.delta), dot(&self.weighted, &self.base));
+    /// V from W0 and D.
+    pub fn set(&mut self, mixing: Mixing, base: ArrayView1<'_, f64>, delta: Delta<'_>) -> Stages {
+        let Self { base: w, weighted, weighted_error, columns, .. } = self;
+        w[..*columns].copy_from_slice(&contiguous(base));
+        let [weighted_error, of_delta, of_base] = stages(mixing, w, delta, weighted, weighted_error);
+        Stages { weighted_error, of_delta, of_base }
+    }
+
+    /// The error of V.
+    pub fn weighted_error(&self) -> &[f64] {
+        &self.weighted_error[..self.columns]
+    }
+
+    /// The error of W'. E59
+    pub fn merged_error(&self, gain: f64, gain_error: f64, tiny_sq: f64, error: &mut [f64]) {
+        for ((error, &v), &v_error) in error.iter_mut().zip(&self.weighted).zip(&self.weighted_error) {
+            *error = gain * gain * (v_error + (gain_error + 1.0) * v * v) + tiny_sq; // E59
+        }
     }
 
     /// What a sum over a row of W' adds up, without `t^2`.
-    pub fn terms(&mut self, gain: Gain, chain: f64) -> &[f64] {
-        terms(gain, chain, &self.weighted, &self.weighted_error, &mut self.scratch);
-        &self.scratch
+    pub fn terms(&mut self, gain: f64, gain_error: f64, summed: Summed) -> &[f64] {
+        terms(gain * gain, gain_error, summed, &self.weighted, &self.weighted_error, &mut self.scratch);
+        &self.scratch[..self.columns]
     }
 
-    /// Adds the error of W'.
-    pub fn add_merged<P: Scalar>(&self, gain: Gain, sum: &mut [P]) {
-        add_merged(gain, &self.weighted, &self.weighted_error, sum);
-    }
-
-    /// dV and its error, without what comes by way of the norm; returns what the elements' errors apart add to that of
-    /// the gradient of g. E64
-    pub fn set_direct<P: Scalar>(&mut self, gain: Gain, of: &Dmerged<'_, P>) -> f64 {
-        let Dmerged { values, terms, chain, fraction } = of;
-        let (x, x_terms) = (contiguous(values.0), contiguous(terms.0));
-        let (scales, tiny_sq) = ([values.1, terms.1], gain.tiny_sq);
-        dmerged(&x, &x_terms, scales, *chain, tiny_sq, &mut self.direct, &mut self.dweighted_error);
-        let apart =
-            dot_squares(&self.weighted, &self.dweighted_error) + dot_squares(&self.direct, &self.weighted_error); // E64
-        direct(gain, &mut self.direct, &mut self.dweighted, &mut self.dweighted_error, &mut self.looked_up_error);
-        if let Some(fraction) = fraction {
-            self.looked_up_error.iter_mut().zip(fraction).for_each(|(error, c)| *error *= c * c);
+    /// X, from what it is to be multiplied by.
+    pub fn set_gradient<P: Scalar>(
+        &mut self,
+        dmerged: (ArrayView1<'_, P>, f64),
+        delta: Delta<'_>,
+        [chain, tiny_sq]: [f64; 2],
+    ) -> Direct {
+        let Self { base, weighted, weighted_error, dmerged: wide, columns, .. } = self;
+        for (wide, narrow) in wide[..*columns].iter_mut().zip(contiguous(dmerged.0).iter()) {
+            *wide = narrow.as_f64() * dmerged.1;
         }
-        apart
+        let [apart, of_delta, of_base] = direct([chain, tiny_sq], wide, weighted, weighted_error, delta.values, base);
+        Direct { apart, of_delta, of_base }
     }
 
-    /// Adds what comes by way of the norm, `k V`.
-    pub fn add_through_norm(&mut self, k: f64, k_error: f64) {
-        let Self { weighted, weighted_error, dweighted, dweighted_error, looked_up_error, .. } = self;
-        through_norm(k, k_error, weighted, weighted_error, dweighted, dweighted_error, looked_up_error);
+    /// The error of dV, without that of the terms of X, as long as [`padded`] says; returns what its elements add to the
+    /// errors of dalpha and dbeta.
+    pub fn backward(&self, of: Backward, delta: Delta<'_>, dweighted_error: &mut [f64]) -> [f64; 2] {
+        backward(of, &self.dmerged, &self.weighted, &self.weighted_error, delta, &self.base, dweighted_error)
     }
 
-    /// What the row adds to the errors of dalpha and dbeta, where sums over all rows have this chain. E68
-    pub fn scale_errors(&mut self, gain: Gain, k_error: f64, total_chain: f64) -> [f64; 2] {
-        let Self { base, delta, direct, dweighted, scratch, .. } = self;
-        summed(total_chain, dweighted, &self.dweighted_error, scratch);
-        // The errors of g and of k are the same in all elements of a row.
-        let shared = |direct: f64, weighted: f64| gain.error * direct * direct + k_error * weighted * weighted;
-        let of_delta = dot_squares(delta, scratch) + dot_squares(dweighted, &self.delta_error);
-        let of_delta = of_delta + shared(dot(direct, delta), self.of_delta);
-        let of_base = dot_squares(base, scratch) + shared(dot(direct, base), self.of_base);
-        [of_delta, of_base]
+    /// The error of what of dV reaches A and W0, where a lookup lets only a fraction of X through, column by column.
+    pub fn looked_up_error(&self, of: Backward, fraction: ArrayView1<'_, f64>, error: &mut [f64]) {
+        let Self { weighted, weighted_error, dmerged, .. } = self;
+        for (j, (error, c)) in error.iter_mut().zip(fraction).enumerate() {
+            *error = c * c * of.direct(dmerged[j]) + of.through(weighted[j], weighted_error[j]);
+        }
+    }
+}
+
+impl Backward {
+    /// What comes of X, its own rounding and its sum's among it.
+    #[inline(always)]
+    fn direct(self, x: f64) -> f64 {
+        let (g_sq, x_sq) = (self.gain * self.gain, x * x);
+        g_sq * (self.chain * x_sq + self.tiny_sq + (self.gain_error + 1.0) * x_sq) // E62, E63
+    }
+
+    /// What comes by way of the norm.
+    #[inline(always)]
+    fn through(self, v: f64, v_error: f64) -> f64 {
+        let k_sq = self.k * self.k;
+        k_sq * v_error + (self.k_error + k_sq) * v * v // E67
     }
 }
 
@@ -142,96 +172,98 @@ pub(super) fn narrow<P: Scalar>(row: &[f64], added: f64, narrow: &mut [P]) {
     }
 }
 
+fn lanes(row: &[f64]) -> &[[f64; LANES]] {
+    row.as_chunks().0
+}
+
+fn lanes_mut(row: &mut [f64]) -> &mut [[f64; LANES]] {
+    row.as_chunks_mut().0
+}
+
 #[multiversion(targets("x86_64+avx2"))]
 fn stages(
     mixing: Mixing,
     base: &[f64],
-    delta: &[f64],
-    delta_terms: &[f64],
-    delta_error: &mut [f64],
+    delta: Delta<'_>,
     weighted: &mut [f64],
     weighted_error: &mut [f64],
-) {
+) -> [f64; 3] {
     let Mixing { gamma, beta, tiny_sq } = mixing;
     let (gamma_sq, beta_sq) = (gamma * gamma, beta * beta);
-    let inputs = base.iter().zip(delta).zip(delta_terms);
-    let results = delta_error.iter_mut().zip(weighted_error).zip(weighted);
-    for (((&w, &delta), &terms), ((delta_error, error), v)) in inputs.zip(results) {
-        *delta_error = terms + delta * delta + tiny_sq; // E55
-        *v = gamma * delta + beta * w;
-        *error = gamma_sq * (*delta_error + delta * delta) + beta_sq * w * w + *v * *v + tiny_sq; // E56
+    let mut sums = [[0.0; LANES]; 3];
+    let inputs = lanes(base).iter().zip(lanes(delta.values)).zip(lanes(delta.terms));
+    let results = lanes_mut(weighted).iter_mut().zip(lanes_mut(weighted_error));
+    for (((base, delta), terms), (weighted, error)) in inputs.zip(results) {
+        for l in 0..LANES {
+            let (w, d) = (base[l], delta[l]);
+            let delta_error = terms[l] + d * d + tiny_sq; // E55
+            let v = gamma * d + beta * w;
+            let v_error = gamma_sq * (delta_error + d * d) + beta_sq * w * w + v * v + tiny_sq; // E56
+            (weighted[l], error[l]) = (v, v_error);
+            sums[0][l] += v * v * v_error;
+            sums[1][l] += v * d;
+            sums[2][l] += v * w;
+        }
     }
+    sums.map(|lanes| lanes.iter().sum())
 }
 
 #[multiversion(targets("x86_64+avx2"))]
-fn terms(gain: Gain, chain: f64, weighted: &[f64], weighted_error: &[f64], terms: &mut [f64]) {
-    let g_sq = gain.gain * gain.gain;
+fn terms(g_sq: f64, gain_error: f64, summed: Summed, weighted: &[f64], weighted_error: &[f64], terms: &mut [f64]) {
+    let Summed { stored, chain } = summed;
+    let (of_error, of_square) = (g_sq * (stored + chain), g_sq * (stored * (gain_error + 1.0) + chain));
     for ((terms, &v), &error) in terms.iter_mut().zip(weighted).zip(weighted_error) {
-        let stored = v * v;
-        *terms = g_sq * (error + gain.error * stored + stored + chain * (error + stored)); // E60
+        *terms = of_error * error + of_square * v * v; // E59, E60
     }
 }
 
 #[multiversion(targets("x86_64+avx2"))]
-fn add_merged<P: Scalar>(gain: Gain, weighted: &[f64], weighted_error: &[f64], sum: &mut [P]) {
-    let g_sq = gain.gain * gain.gain;
-    for ((sum, &v), &error) in sum.iter_mut().zip(weighted).zip(weighted_error) {
-        *sum += P::from_f64(g_sq * (error + (gain.error + 1.0) * v * v) + gain.tiny_sq); // E59
-    }
-}
-
-/// X and its error from what they are to be multiplied by.
-#[multiversion(targets("x86_64+avx2"))]
-fn dmerged<P: Scalar>(
-    x: &[P],
-    terms: &[P],
-    scales: [f64; 2],
-    chain: f64,
-    tiny_sq: f64,
-    wide: &mut [f64],
-    error: &mut [f64],
-) {
-    for ((x, terms), (wide, error)) in x.iter().zip(terms).zip(wide.iter_mut().zip(error)) {
-        *wide = x.as_f64() * scales[0];
-        *error = chain * (terms.as_f64() * scales[1] + *wide * *wide) + tiny_sq; // E62
-    }
-}
-
-#[multiversion(targets("x86_64+avx2"))]
-fn direct(gain: Gain, direct: &mut [f64], dweighted: &mut [f64], error: &mut [f64], looked_up: &mut [f64]) {
-    let g_sq = gain.gain * gain.gain;
-    for ((direct, dv), (error, looked_up)) in direct.iter_mut().zip(dweighted).zip(error.iter_mut().zip(looked_up)) {
-        *direct *= gain.gain;
-        *dv = *direct;
-        *error = g_sq * *error + (gain.error + 1.0) * *direct * *direct; // E63
-        *looked_up = *error;
-    }
-}
-
-#[multiversion(targets("x86_64+avx2"))]
-fn through_norm(
-    k: f64,
-    k_error: f64,
+fn direct(
+    [chain, tiny_sq]: [f64; 2],
+    dmerged: &[f64],
     weighted: &[f64],
     weighted_error: &[f64],
-    dweighted: &mut [f64],
-    dweighted_error: &mut [f64],
-    looked_up_error: &mut [f64],
-) {
-    let (k_sq, k_terms) = (k * k, k_error + k * k);
-    let results = dweighted.iter_mut().zip(dweighted_error).zip(looked_up_error);
-    for ((&v, &v_error), ((dv, error), looked_up)) in weighted.iter().zip(weighted_error).zip(results) {
-        let through = k_sq * v_error + k_terms * v * v;
-        *dv += k * v;
-        *error += through; // E67
-        *looked_up += through; // E67
+    delta: &[f64],
+    base: &[f64],
+) -> [f64; 3] {
+    let mut sums = [[0.0; LANES]; 3];
+    let rows = lanes(dmerged).iter().zip(lanes(weighted)).zip(lanes(weighted_error)).zip(lanes(delta)).zip(lanes(base));
+    for ((((x, v), v_error), delta), base) in rows {
+        for l in 0..LANES {
+            let (x, v) = (x[l], v[l]);
+            let x_error = chain * x * x + tiny_sq; // E62
+            sums[0][l] += x_error * v * v + x * x * v_error[l]; // E64
+            sums[1][l] += x * delta[l];
+            sums[2][l] += x * base[l];
+        }
     }
+    sums.map(|lanes| lanes.iter().sum())
 }
 
-/// The error of dV, and that of what is added up of it.
 #[multiversion(targets("x86_64+avx2"))]
-fn summed(chain: f64, dweighted: &[f64], error: &[f64], sum: &mut [f64]) {
-    for ((sum, &dv), &error) in sum.iter_mut().zip(dweighted).zip(error) {
-        *sum = error + (chain - 1.0) * dv * dv; // E68
+fn backward(
+    of: Backward,
+    dmerged: &[f64],
+    weighted: &[f64],
+    weighted_error: &[f64],
+    delta: Delta<'_>,
+    base: &[f64],
+    dweighted_error: &mut [f64],
+) -> [f64; 2] {
+    let mut sums = [[0.0; LANES]; 2];
+    let gradient = lanes(dmerged).iter().zip(lanes(weighted)).zip(lanes(weighted_error));
+    let parts = lanes(delta.values).iter().zip(lanes(delta.terms)).zip(lanes(base));
+    for ((((x, v), v_error), ((delta, terms), base)), error) in gradient.zip(parts).zip(lanes_mut(dweighted_error)) {
+        for l in 0..LANES {
+            let (delta_sq, base_sq) = (delta[l] * delta[l], base[l] * base[l]);
+            let delta_error = terms[l] + delta_sq + of.tiny_sq; // E55
+            let dv = of.gain * x[l] + of.k * v[l];
+            let (dv_sq, dv_error) = (dv * dv, of.direct(x[l]) + of.through(v[l], v_error[l]));
+            error[l] = dv_error;
+            let summed = dv_error + (of.total_chain - 1.0) * dv_sq; // E68
+            sums[0][l] += summed * delta_sq + dv_sq * delta_error; // E68
+            sums[1][l] += summed * base_sq; // E68
+        }
     }
+    sums.map(|lanes| lanes.iter().sum())
 }

@@ -3,13 +3,12 @@
 //! With `norm_axis = "input"` rows are columns of the weight: `left` is then A and `right` B.
 
 use super::operands::Magnitudes;
-use super::row::{Dmerged, Gain, Mixing, Row, narrow};
+use super::row::{self, Delta, Mixing, Row, Stages, Summed, narrow, padded};
 use crate::Scalar;
 use crate::matmul::{Accumulate, product_into_on_this_thread};
-use crate::simd::dot_squares;
 use crate::wora::NormGradient;
 use crate::wora::direction::{Direction, Factors};
-use ndarray::{Array1, Array2, ArrayBase, ArrayView2, ArrayViewMut2, Axis, DataMut, Ix2, Slice};
+use ndarray::{Array1, Array2, ArrayBase, ArrayView1, ArrayView2, ArrayViewMut2, Axis, DataMut, Ix2, Slice};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -18,7 +17,7 @@ const ELEMENTS: usize = 1 << 15;
 /// Sums over rows are added up in no more parts than this.
 const PARTS: usize = 8;
 /// So many rows are multiplied by the low-rank factors at once.
-const TOGETHER: usize = 8;
+const TOGETHER: usize = 16;
 
 /// The weight, as the norm sees it.
 pub(super) struct Rows<'a> {
@@ -32,28 +31,6 @@ pub(super) struct Rows<'a> {
     total_chain: f64,
     /// `t^2`
     tiny_sq: f64,
-}
-
-/// What sums over W' add up, of some rows: `[rows, columns]`.
-pub(super) struct Terms<P> {
-    /// In y, whichever way it is computed: V's parts apart, each with its chain.
-    pub of_outputs: Array2<P>,
-    /// In dx: those and W' beside them; without columns where not wanted.
-    pub of_inputs: Array2<P>,
-}
-
-impl<P: Scalar> Terms<P> {
-    pub fn new(rows: usize, columns: usize, with_inputs: bool) -> Self {
-        let of_inputs = Array2::zeros((rows, if with_inputs { columns } else { 0 }));
-        Self { of_outputs: Array2::zeros((rows, columns)), of_inputs }
-    }
-
-    /// Room for no more than so many rows.
-    pub fn truncate(&mut self, rows: usize) {
-        for terms in [&mut self.of_outputs, &mut self.of_inputs] {
-            terms.slice_axis_inplace(Axis(0), Slice::from(..rows));
-        }
-    }
 }
 
 /// Errors of some rows, or of all; those of gradients before they are multiplied by `alpha s` or `beta`.
@@ -79,9 +56,17 @@ pub(super) struct RowErrors {
 impl RowErrors {
     /// None yet, of so many rows.
     pub fn none(rows: usize, factors: &Factors<'_, f64>) -> Self {
-        let [norm, gain, magnitude, norm_weight] = [(); 4].map(|()| Array1::zeros(rows));
-        let (left, right) = (Array2::zeros((rows, factors.left.ncols())), Array2::zeros(factors.right.dim()));
-        Self { norm, gain, magnitude, norm_weight, left, right, alpha: 0.0, beta: 0.0 }
+        let of_rows = || Array1::zeros(rows);
+        Self {
+            norm: of_rows(),
+            gain: of_rows(),
+            magnitude: of_rows(),
+            norm_weight: of_rows(),
+            left: Array2::zeros((rows, factors.left.ncols())),
+            right: Array2::zeros(factors.right.dim()),
+            alpha: 0.0,
+            beta: 0.0,
+        }
     }
 
     /// Those of some rows among these.
@@ -126,39 +111,59 @@ impl WeightErrors<Array2<f64>> {
 
 /// What the backward of some rows needs beside the weight.
 pub(super) struct Backward<'a, P> {
-    /// X, the gradient of W', and the sum of its squared terms: `[rows, columns]`, and what each is to be multiplied by.
+    /// X, the gradient of W', `[rows, columns]`, and what it is to be multiplied by.
     pub dmerged: (ArrayView2<'a, P>, f64),
-    pub dmerged_terms: (ArrayView2<'a, P>, f64),
     /// The chain of a sum over outputs.
     pub chain: f64,
     /// `[columns]`: in column j a lookup lets only a fraction of its gradient through.
     pub fraction: Option<&'a Array1<f64>>,
+    /// `sum terms(X) W0^2` and `sum terms(X) D^2`, of the squared terms of X: one each a row, of all rows
+    pub terms_of_base: &'a Array1<f64>,
+    pub terms_of_delta: &'a Array1<f64>,
     /// The gradient of g of all rows, and what the factored way adds to its error.
     pub dgain: &'a Array1<f64>,
     pub dgain_error: &'a Array1<f64>,
     pub norm_gradient: NormGradient,
 }
 
-/// A few rows of one group, which are multiplied by the low-rank factors together; the memory is the next ones' too.
+/// A few rows of one group, which are multiplied by the low-rank factors together, each with what [`padded`] adds; the
+/// memory is the next ones' too.
 struct Few {
     rows: Range<usize>,
     /// Their rows of `right`.
     ranks: Range<usize>,
+    columns: usize,
     /// D = B A
     delta: Array2<f64>,
     /// `sum_k left^2 right^2`
     delta_terms: Array2<f64>,
-    /// The error of dV
+    /// The error of dV, and of what of it reaches A and W0, without those of the terms of X
     dweighted_error: Array2<f64>,
-    /// The error of what of dV reaches A and W0
     looked_up_error: Array2<f64>,
 }
 
 impl Few {
     fn new(columns: usize) -> Self {
-        let rows = || Array2::zeros((TOGETHER, columns));
+        let rows = || Array2::zeros((TOGETHER, padded(columns)));
         let (delta, delta_terms, dweighted_error, looked_up_error) = (rows(), rows(), rows(), rows());
-        Self { rows: 0..0, ranks: 0..0, delta, delta_terms, dweighted_error, looked_up_error }
+        Self { rows: 0..0, ranks: 0..0, columns, delta, delta_terms, dweighted_error, looked_up_error }
+    }
+
+    /// D of one of them, and beside it room for the error of its dV.
+    fn row(&mut self, nth: usize) -> (Delta<'_>, &mut [f64]) {
+        let [values, terms] =
+            [&self.delta, &self.delta_terms].map(|rows| rows.row(nth).to_slice().expect("contiguous"));
+        (Delta { values, terms }, contiguous(&mut self.dweighted_error, nth))
+    }
+
+    /// Of what of dV reaches A and W0, of which a lookup may hold something back.
+    fn looked_up_error(&self, held_back: bool) -> ArrayView2<'_, f64> {
+        self.errors(if held_back { &self.looked_up_error } else { &self.dweighted_error })
+    }
+
+    fn errors<'e>(&self, errors: &'e Array2<f64>) -> ArrayView2<'e, f64> {
+        let rows = errors.slice_axis(Axis(0), Slice::from(..self.rows.len()));
+        rows.slice_axis_move(Axis(1), Slice::from(..self.columns))
     }
 }
 
@@ -197,7 +202,8 @@ impl<'a> Rows<'a> {
     fn multiply(&self, [rows, ranks]: [Range<usize>; 2], few: &mut Few) {
         let Factors { left, right, .. } = self.factors;
         let product = |left: ArrayView2<'_, f64>, right: ArrayView2<'_, f64>, product: &mut Array2<f64>| {
-            let product = product.slice_axis_mut(Axis(0), Slice::from(..rows.len()));
+            let mut product = product.slice_axis_mut(Axis(0), Slice::from(..rows.len()));
+            product.slice_axis_inplace(Axis(1), Slice::from(..right.ncols()));
             let (left, right) = (part(left, &rows), part(right, &ranks));
             product_into_on_this_thread(1.0, left, right, Accumulate::Replace, product);
         };
@@ -207,24 +213,23 @@ impl<'a> Rows<'a> {
     }
 
     /// The stages of one of them, `nth` among them.
-    fn set(&self, few: &Few, nth: usize, row: &mut Row) {
+    fn set(&self, few: &mut Few, nth: usize, row: &mut Row) -> Stages {
         let Factors { base, alpha, scaling, beta, .. } = self.factors;
         let mixing = Mixing { gamma: alpha * scaling, beta, tiny_sq: self.tiny_sq };
-        let [delta, terms] = [&few.delta, &few.delta_terms].map(|rows| rows.row(nth).to_slice().expect("contiguous"));
         row.i = few.rows.start + nth;
-        row.set(mixing, base.row(row.i), delta, terms);
+        row.set(mixing, base.row(row.i), few.row(nth).0)
     }
 
     /// Of n and of g, relative.
-    fn norm_error(&self, row: &Row) -> [f64; 2] {
+    fn norm_error(&self, i: usize, stages: Stages) -> [f64; 2] {
         let Some(Direction { norm, weight_norm, .. }) = self.direction else { return [0.0, 0.0] };
-        let (Factors { alpha, scaling, beta, .. }, i) = (self.factors, row.i);
+        let Factors { alpha, scaling, beta, .. } = self.factors;
         if weight_norm[i] == 0.0 {
             return [0.0, 1.0];
         }
         // What alpha s and beta are rounded by reaches every element alike.
-        let (lora, of_base) = (alpha * scaling * row.of_delta, beta * row.of_base);
-        let sum = dot_squares(&row.weighted, &row.weighted_error) + lora * lora + of_base * of_base;
+        let (lora, of_base) = (alpha * scaling * stages.of_delta, beta * stages.of_base);
+        let sum = stages.weighted_error + lora * lora + of_base * of_base;
         let relative = sum / (norm[i] * weight_norm[i]).powi(2) + 3.0 + (self.chain - 1.0) / 4.0; // E57
         [relative, relative + 1.0] // E58
     }
@@ -233,22 +238,20 @@ impl<'a> Rows<'a> {
         self.direction.map_or(1.0, |direction| direction.gain[i])
     }
 
-    /// Adds the errors of some rows, forward and where there is a cotangent backward, and says what sums over them add up;
-    /// returns the magnitudes of that, without `t^2`. `chain` is that of a sum over a unit's weights.
+    /// Adds the errors of some rows, forward and where there is a cotangent backward, and says what sums over them add up:
+    /// `[rows, columns]`, without columns where not wanted. Returns the magnitudes of that, without `t^2`.
     pub fn add<P: Scalar>(
         &self,
         rows: Range<usize>,
-        chain: f64,
         backward: Option<&Backward<'_, P>>,
         errors: &mut RowErrors,
         weights: WeightErrors<ArrayViewMut2<'_, f64>>,
-        terms: &mut Terms<P>,
+        (mut terms, summed): (ArrayViewMut2<'_, P>, Summed),
     ) -> Magnitudes {
         let (columns, chunk) = (self.factors.base.ncols(), self.chunk(rows.len()));
         let WeightErrors { mut weighted, mut merged, mut dweighted } = weights;
         let chunks = (
-            terms.of_outputs.axis_chunks_iter_mut(Axis(0), chunk).into_par_iter(),
-            terms.of_inputs.axis_chunks_iter_mut(Axis(0), chunk).into_par_iter(),
+            terms.axis_chunks_iter_mut(Axis(0), chunk).into_par_iter(),
             weighted.axis_chunks_iter_mut(Axis(0), chunk).into_par_iter(),
             merged.axis_chunks_iter_mut(Axis(0), chunk).into_par_iter(),
             dweighted.axis_chunks_iter_mut(Axis(0), chunk).into_par_iter(),
@@ -256,42 +259,45 @@ impl<'a> Rows<'a> {
         let of_chunks = chunks.into_par_iter().enumerate().map_init(
             || (Few::new(columns), Row::new(columns)),
             |(few, row), (nth, chunks)| {
-                let (mut terms, mut both, mut weighted, mut merged, mut dweighted) = chunks;
-                let first = rows.start + nth * chunk;
-                let mut errors = RowErrors::none(terms.nrows(), &self.factors);
+                let (mut terms, mut weighted, mut merged, mut dweighted) = chunks;
                 let mut magnitudes = Magnitudes::NONE;
-                for rows_of_few in self.in_fews(first..first + terms.nrows()) {
+                let first = rows.start + nth * chunk;
+                let mut errors = RowErrors::none(weighted.nrows(), &self.factors);
+                for rows_of_few in self.in_fews(first..first + weighted.nrows()) {
                     self.multiply(rows_of_few, few);
                     for (nth, i) in few.rows.clone().enumerate() {
                         let at = i - first;
-                        self.set(few, nth, row);
-                        [errors.norm[at], errors.gain[at]] = self.norm_error(row);
-                        let gain = Gain { gain: self.gain(i), error: errors.gain[at], tiny_sq: self.tiny_sq };
-                        let sums = row.terms(gain, chain);
-                        magnitudes = magnitudes.and(Magnitudes::of(sums));
-                        narrow(sums, (1.0 + chain) * self.tiny_sq, contiguous(&mut terms, at)); // E60
-                        if !both.is_empty() {
-                            both.row_mut(at).assign(&terms.row(at));
-                            row.add_merged(gain, contiguous(&mut both, at));
+                        let stages = self.set(few, nth, row);
+                        [errors.norm[at], errors.gain[at]] = self.norm_error(i, stages);
+                        if !terms.is_empty() {
+                            let sums = row.terms(self.gain(i), errors.gain[at], summed);
+                            magnitudes = magnitudes.and(Magnitudes::of(sums));
+                            let stored = (summed.stored + summed.chain) * self.tiny_sq;
+                            let mut terms = terms.row_mut(at);
+                            match terms.as_slice_mut() {
+                                Some(terms) => narrow(sums, stored, terms),
+                                None => terms.zip_mut_with(&ArrayView1::from(sums), |terms, sum| {
+                                    *terms = P::from_f64(sum + stored);
+                                }),
+                            }
                         }
                         if !weighted.is_empty() {
-                            contiguous(&mut weighted, at).copy_from_slice(&row.weighted_error);
+                            contiguous(&mut weighted, at).copy_from_slice(row.weighted_error());
                         }
                         if !merged.is_empty() {
-                            row.add_merged(gain, contiguous(&mut merged, at));
+                            row.merged_error(self.gain(i), errors.gain[at], self.tiny_sq, contiguous(&mut merged, at));
                         }
                         if let Some(backward) = backward {
                             let in_block = i - rows.start;
-                            self.backward(row, gain, backward, in_block, at, &mut errors);
-                            contiguous(&mut few.dweighted_error, nth).copy_from_slice(&row.dweighted_error);
-                            contiguous(&mut few.looked_up_error, nth).copy_from_slice(&row.looked_up_error);
+                            self.backward(row, stages, backward, [in_block, nth, at], few, &mut errors);
                             if !dweighted.is_empty() {
-                                contiguous(&mut dweighted, at).copy_from_slice(&row.looked_up_error);
+                                let error = few.looked_up_error(backward.fraction.is_some());
+                                dweighted.row_mut(at).assign(&error.row(nth));
                             }
                         }
                     }
-                    if backward.is_some() {
-                        self.add_pair(few, first, &mut errors);
+                    if let Some(backward) = backward {
+                        self.add_pair(few, backward.fraction.is_some(), first, &mut errors);
                     }
                 }
                 (first, errors, magnitudes)
@@ -305,60 +311,63 @@ impl<'a> Rows<'a> {
         magnitudes
     }
 
-    /// The backward of a row, in X row `in_block`, whose errors are those `at`.
+    /// The backward of a row, in X row `in_block`, `nth` among a few, whose errors are those `at`.
     fn backward<P: Scalar>(
         &self,
         row: &mut Row,
-        gain: Gain,
+        stages: Stages,
         of: &Backward<'_, P>,
-        in_block: usize,
-        at: usize,
+        [in_block, nth, at]: [usize; 3],
+        few: &mut Few,
         errors: &mut RowErrors,
     ) {
-        let dmerged = Dmerged {
-            values: (of.dmerged.0.row(in_block), of.dmerged.1),
-            terms: (of.dmerged_terms.0.row(in_block), of.dmerged_terms.1),
-            chain: of.chain,
-            fraction: of.fraction.map(|fraction| fraction.view()),
-        };
-        let apart = row.set_direct(gain, &dmerged);
-        let [magnitude, k_error] = self.through_norm(row, of, errors.norm[at], apart);
+        let Factors { alpha, scaling, beta, .. } = self.factors;
+        let (i, tiny_sq, chain) = (row.i, self.tiny_sq, of.chain);
+        let (delta, dweighted_error) = few.row(nth);
+        let direct = row.set_gradient((of.dmerged.0.row(in_block), of.dmerged.1), delta, [chain, tiny_sq]);
+        let terms = [of.terms_of_base[i], of.terms_of_delta[i]];
+        let of_weighted = 2.0 * (beta * beta * terms[0] + (alpha * scaling).powi(2) * terms[1]); // E151
+        let [magnitude, k, k_error] = self.through_norm(i, of, errors.norm[at], direct.apart + chain * of_weighted);
         (errors.magnitude[at], errors.norm_weight[at]) = (magnitude, k_error);
-        let [of_alpha, of_beta] = row.scale_errors(gain, k_error, self.total_chain);
-        errors.alpha += of_alpha;
-        errors.beta += of_beta;
+        let (gain, gain_error) = (self.gain(i), errors.gain[at]);
+        let of_row = row::Backward { gain, gain_error, k, k_error, chain, total_chain: self.total_chain, tiny_sq };
+        let [of_delta, of_base] = row.backward(of_row, delta, dweighted_error);
+        if let Some(fraction) = of.fraction {
+            row.looked_up_error(of_row, fraction.view(), contiguous(&mut few.looked_up_error, nth));
+        }
+        // The errors of g and of k are the same in all elements of a row.
+        let g_sq = gain * gain;
+        let shared = |direct: f64, weighted: f64| gain_error * g_sq * direct * direct + k_error * weighted * weighted;
+        errors.alpha += of_delta + g_sq * chain * terms[1] + shared(direct.of_delta, stages.of_delta); // E68
+        errors.beta += of_base + g_sq * chain * terms[0] + shared(direct.of_base, stages.of_base); // E68
     }
 
-    /// Adds to dV what comes by way of the norm; returns the errors of dm and of k.
-    fn through_norm<P>(&self, row: &mut Row, of: &Backward<'_, P>, norm_error: f64, apart: f64) -> [f64; 2] {
-        let Some(direction) = self.direction else { return [0.0, 0.0] };
-        let i = row.i;
+    /// The error of dm, and k with its error.
+    fn through_norm<P>(&self, i: usize, of: &Backward<'_, P>, norm_error: f64, apart: f64) -> [f64; 3] {
+        let Some(direction) = self.direction else { return [0.0; 3] };
         let (norm, n, c) = (direction.norm[i], direction.weight_norm[i], of.dgain[i]);
         if n == 0.0 {
-            return [self.tiny_sq, 0.0];
+            return [self.tiny_sq, 0.0, 0.0];
         }
         let c_error = apart + c * c + of.dgain_error[i]; // E64
         let magnitude = (c_error + (norm_error + 2.0) * c * c) / (n * n) + self.tiny_sq; // E65
         if of.norm_gradient == NormGradient::Detached {
-            return [magnitude, 0.0];
+            return [magnitude, 0.0, 0.0];
         }
         let per_c = -direction.gain[i] / (n * norm);
         let k = per_c * c;
-        let k_error = per_c * per_c * c_error + 3.0 * k * k * (norm_error + 1.0); // E66
-        row.add_through_norm(k, k_error);
-        [magnitude, k_error]
+        [magnitude, k, per_c * per_c * c_error + 3.0 * k * k * (norm_error + 1.0)] // E66
     }
 
     /// What a few rows add to the errors of the low-rank factors.
-    fn add_pair(&self, few: &Few, first: usize, errors: &mut RowErrors) {
+    fn add_pair(&self, few: &Few, held_back: bool, first: usize, errors: &mut RowErrors) {
         let Few { rows, ranks, .. } = few;
         let left = errors.left.slice_axis_mut(Axis(0), Slice::from(rows.start - first..rows.end - first));
         let right = errors.right.slice_axis_mut(Axis(0), ranks.clone().into());
         let product = |a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>, c: ArrayViewMut2<'_, f64>| {
             product_into_on_this_thread(1.0, a, b, Accumulate::Add, c);
         };
-        let [of_left, of_right] =
-            [&few.dweighted_error, &few.looked_up_error].map(|error| part(error.view(), &(0..rows.len())));
+        let (of_left, of_right) = (few.errors(&few.dweighted_error), few.looked_up_error(held_back));
         product(of_left, part(self.right_sq.view(), ranks).t(), left);
         product(part(self.left_sq.view(), rows).t(), of_right, right);
     }

@@ -85,3 +85,39 @@ fn errors_in_f32_are_those_in_f64() {
         }
     }
 }
+
+/// By way of pairs of ranks where they are few, and of every element where they are not, in groups of units as well.
+#[test]
+fn squares_of_low_rank_are_those_of_every_element() {
+    let mut rng = Pcg64::seed_from_u64(4);
+    let mut draw = |shape: [usize; 2]| Array2::from_shape_simple_fn(shape, || rng.random_range(-1.0..1.0));
+    for (units, rank, groups) in [(12, 2, 1), (12, 4, 1), (12, 1, 3), (12, 3, 2)] {
+        let operator = Linear { in_features: 5, out_features: units, fan_in_fan_out: false };
+        let (a, b, x, dy) = (draw([rank * groups, 5]), draw([units, rank]), draw([3, 5]), draw([3, units]));
+        let mut product = Array2::zeros((units, 5));
+        for (i, mut row) in product.outer_iter_mut().enumerate() {
+            let first = i / (units / groups) * rank;
+            (0..rank).for_each(|k| row.scaled_add(b[[i, k]], &a.row(first + k)));
+        }
+        let square_of_product = LowRank::square_of_product(a.view(), b.view(), groups);
+        let (low, dense) = (square_of_product.whole(groups), square(&product));
+        assert_relative_eq!(low, dense, max_relative = 1e-12, epsilon = 1e-15);
+        if groups > 1 {
+            continue; // no linear layer has them
+        }
+        let (x, dy) = (square(&x), square(&dy).insert_axis(Axis(2)));
+        let terms = &dy.index_axis(Axis(2), 0).t().dot(&x) * &dense;
+        let input = CowArray::from(x.into_dyn());
+        for (axis, norms) in [(NormAxis::Output, units), (NormAxis::Input, 5)] {
+            let scales = Array1::from_iter((1..=norms).map(|scale| scale as f64));
+            let (by_row, terms) = match axis {
+                NormAxis::Output => (scales.view().insert_axis(Axis(1)), terms.sum_axis(Axis(1))),
+                NormAxis::Input => (scales.view().insert_axis(Axis(0)), terms.sum_axis(Axis(0))),
+            };
+            let scaled = square_of_product.scaled(axis, &scales);
+            assert_relative_eq!(scaled.whole(1), &dense * &by_row, max_relative = 1e-12, epsilon = 1e-15);
+            let contracted = square_of_product.contracted(axis, &operator, &input, dy.view());
+            assert_relative_eq!(contracted, terms, max_relative = 1e-12);
+        }
+    }
+}
