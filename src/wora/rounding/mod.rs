@@ -464,7 +464,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let u_terms = self.squared.apply(&self.x_sq, &[a_sq.view()]).swap_remove(0);
         let of_u = u_sq * (chain + of_outputs + 1.0) + u_terms * *chain;
         let of_u = mix_adjoint_weight(dy_sq.view(), of_u.view(), operator.groups());
-        let lora_b = lora_b + of_u * &gain_sq.view().insert_axis(Axis(1)); // E69
+        let lora_b = lora_b + of_u * gain_sq.view().insert_axis(Axis(1)); // E69
         let of_t = t_error * (chain + 2.0) + t_terms * *chain;
         let mut of_t = self.squared.adjoint_weight(&self.x_sq, of_t.view()) * square(&self.gain_in);
         if let Some(fraction) = &cotangent.fraction {
