@@ -107,3 +107,83 @@ fn compare(spacing: Spacing, expected: &[f64], actual: &[f64], bound: &[f64], ov
     with(e.1, a.1, b.1, o.1);
     most.map(|lanes| lanes.into_iter().fold(0.0, f64::max))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::Array1;
+    use rand::{RngExt, SeedableRng};
+    use rand_pcg::Pcg64;
+
+    /// The same one by one.
+    fn plainly(actual: &[f64], witnesses: &[Vec<f64>], bound: &[f64], dtype: Dtype) -> Errors {
+        let mut errors = Errors::default();
+        for i in 0..actual.len() {
+            let mut is_beyond = false;
+            for expected in witnesses.iter().map(|witness| witness[i]) {
+                let difference = (actual[i] - expected).abs();
+                let error = if difference.is_nan() { f64::INFINITY } else { difference };
+                let over = if bound[i].is_nan() {
+                    f64::INFINITY
+                } else if error == 0.0 {
+                    0.0
+                } else {
+                    error / bound[i]
+                };
+                is_beyond |= over > 1.0;
+                errors.absolute = errors.absolute.max(error);
+                errors.relative = errors.relative.max(if error == 0.0 { 0.0 } else { error / expected.abs() });
+                errors.ulps = errors.ulps.max(error / dtype.ulp(expected));
+                if errors.worst.is_none() || over > errors.over {
+                    (errors.over, errors.worst) = (over, Some((i, [expected, actual[i], bound[i]])));
+                }
+            }
+            errors.beyond += usize::from(is_beyond);
+        }
+        errors
+    }
+
+    #[test]
+    fn an_answer_is_judged_as_if_every_element_were_looked_at_alone() {
+        let mut rng = Pcg64::seed_from_u64(1);
+        let sizes = [0, 1, 7, CHUNK - 1, CHUNK + 1, 3 * CHUNK + 5, PARALLEL_ELEMENTS + 3 * CHUNK];
+        for (case, elements) in sizes.into_iter().chain([2 * CHUNK + 3; 6]).enumerate() {
+            let mut draw =
+                |scale: f64| -> Vec<f64> { (0..elements).map(|_| scale * rng.random_range(-1.0..1.0)).collect() };
+            let (mut actual, mut bound) = (draw(1.0), draw(1.0));
+            bound.iter_mut().for_each(|bound| *bound = bound.abs());
+            let mut witness: Vec<f64> = actual.iter().zip(draw(0.5)).map(|(actual, off)| actual + off).collect();
+            if case == 8 {
+                actual[CHUNK + 2] = f64::NAN;
+            }
+            if case == 9 {
+                (bound[2 * CHUNK + 1], witness[3]) = (f64::NAN, actual[3]);
+            }
+            if case == 10 {
+                witness[CHUNK] = 2f64.powi(-140); // below the normal numbers of f32
+                actual[CHUNK] = 1e300;
+            }
+            if case == 11 {
+                witness = actual.clone();
+            }
+            let second: Vec<f64> = actual.iter().zip(draw(0.5)).map(|(actual, off)| actual + off).collect();
+            for witnesses in [vec![witness.clone()], vec![witness, second]] {
+                let arrays: Vec<_> = witnesses.iter().map(|one| Array1::from(one.clone()).into_dyn()).collect();
+                let [a, b] = [&actual, &bound].map(|values| Array1::from(values.clone()).into_dyn());
+                let (found, expected) =
+                    (judge(&a, arrays.iter(), &b, Dtype::F32), plainly(&actual, &witnesses, &bound, Dtype::F32));
+                let numbers = |of: &Errors| {
+                    let (at, there) = of.worst.map_or((0, [0.0; 3]), |(at, there)| (at, there));
+                    (
+                        of.beyond,
+                        at,
+                        [of.over, of.absolute, of.relative, of.ulps].map(f64::to_bits),
+                        there.map(f64::to_bits),
+                    )
+                };
+                assert_eq!(numbers(&found), numbers(&expected), "case {case}");
+                assert_eq!(found.worst.is_some(), expected.worst.is_some(), "case {case}");
+            }
+        }
+    }
+}
