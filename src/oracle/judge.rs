@@ -157,7 +157,7 @@ mod tests {
                 actual[CHUNK + 2] = f64::NAN;
             }
             if case == 9 {
-                (bound[2 * CHUNK + 1], witness[3]) = (f64::NAN, actual[3]);
+                (bound[2 * CHUNK + 1], witness[2 * CHUNK + 1]) = (f64::NAN, actual[2 * CHUNK + 1]);
             }
             if case == 10 {
                 witness[CHUNK] = 2f64.powi(-140); // below the normal numbers of f32
