@@ -70,22 +70,6 @@ pub(crate) fn add_scaled<T: Scalar>(scale: T, from: &[T], into: &mut [T]) {
     }
 }
 
-/// `sum_j a_j^2 b_j`, of as many as both have.
-#[multiversion(targets("x86_64+avx2"))]
-pub(crate) fn dot_squares(a: &[f64], b: &[f64]) -> f64 {
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    let mut sums = [0.0; LANES];
-    for (a, b) in a.iter().zip(b) {
-        for ((sum, &a), &b) in sums.iter_mut().zip(a).zip(b) {
-            *sum += a * a * b;
-        }
-    }
-    for ((sum, &a), &b) in sums.iter_mut().zip(a_rest).zip(b_rest) {
-        *sum += a * a * b;
-    }
-    sums.into_iter().sum()
-}
-
 /// Whether none is infinite or no number.
 #[multiversion(targets("x86_64+avx2"))]
 pub(crate) fn all_finite<T: Scalar>(values: &[T]) -> bool {
