@@ -66,7 +66,9 @@ impl Case {
     ///
     /// If it is missing (C7), holds ids, or is not finite (C2).
     pub fn values(&self, name: &str) -> Result<&Values> {
-        self.optional(name)?.ok_or_else(|| Error::Missing { tensor: name.into(), expected: "a tensor".into() }) // C7
+        let values = self.stored(name)?;
+        check_finite(name, values.view())?; // C2
+        Ok(values)
     }
 
     /// The values of a tensor that need not be there.
@@ -75,16 +77,18 @@ impl Case {
     ///
     /// If it holds ids, or is not finite (C2).
     pub fn optional(&self, name: &str) -> Result<Option<&Values>> {
+        self.tensors.contains_key(name).then(|| self.values(name)).transpose()
+    }
+
+    /// As [`Case::values`], which may still be not finite.
+    pub(crate) fn stored(&self, name: &str) -> Result<&Values> {
         match self.tensors.get(name) {
-            None => Ok(None),
+            None => Err(Error::Missing { tensor: name.into(), expected: "a tensor".into() }), // C7
             Some(Tensor::Int(_)) => Err(Error::Unexpected {
                 tensor: name.into(),
                 reason: "expected floating-point values, found integers".into(),
             }),
-            Some(Tensor::Float(values)) => {
-                check_finite(name, values.view())?; // C2
-                Ok(Some(values))
-            }
+            Some(Tensor::Float(values)) => Ok(values),
         }
     }
 

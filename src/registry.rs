@@ -11,7 +11,9 @@ use crate::case::{Case, Tensor, Tensors, Values};
 use crate::cases::{CONV1D, CONV2D, CONV3D, EMBEDDING, LINEAR, MODULES, ModuleSpec, Spec, Twist, draw};
 use crate::error::check_shape;
 use crate::mistakes::{Anchor, Evaluated, Formula, FormulaResults, Mistake, Spoiling, TracedForward, results};
-use crate::operators::{Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operator, in_standard_layout};
+use crate::operators::{
+    Conv1d, Conv2d, Conv3d, Embedding, Input, Linear, Operator, PARALLEL_ELEMENTS, in_standard_layout,
+};
 use crate::traced::Traced;
 use crate::wora::{
     Adapter, Base, Cache, Config, Definition, Evaluation, Gradients, Layer, Line, Method, NormGradient, RequiresGrad,
@@ -314,7 +316,7 @@ impl<O: Operator> Adapted<O> {
     fn parts<T: Scalar>(case: &Case) -> Result<Parts<O, T>> {
         let cast = |values: &Values| T::from_shared(values).into_owned();
         let config = Self::config(case)?;
-        let weight = case.values("base.weight")?;
+        let weight = case.stored("base.weight")?;
         let operator = O::from_weight_shape(case.settings()?, weight.shape())?;
         let base = Base { weight: T::from_shared(weight), bias: case.optional("base.bias")?.map(cast) };
         let adapter = Adapter::from_named(config.method, O::LORA_NAMES, |name| case.values(name).map(cast))?;
@@ -340,8 +342,16 @@ impl<O: Operator> Adapted<O> {
         match case.tensors.get("x") {
             Some(Tensor::Int(ids)) => <O::Input<'static, T>>::from_ids(ids.clone())
                 .ok_or_else(|| refuse("expected floating-point values, found integers")),
-            _ => <O::Input<'static, T>>::from_values(case.values("x")?.mapv(T::from_f64))
-                .ok_or_else(|| refuse("expected integer ids, found floating-point values")),
+            _ => {
+                let values = case.values("x")?;
+                let values = if values.len() < PARALLEL_ELEMENTS {
+                    values.mapv(T::from_f64)
+                } else {
+                    Zip::from(values).par_map_collect(|&value| T::from_f64(value))
+                };
+                <O::Input<'static, T>>::from_values(values)
+                    .ok_or_else(|| refuse("expected integer ids, found floating-point values"))
+            }
         }
     }
 
@@ -350,9 +360,9 @@ impl<O: Operator> Adapted<O> {
     fn produce<T: Scalar>(
         parts: &Parts<O, T>,
         wanted: impl Fn(&str) -> bool,
-    ) -> Result<(Evaluation<T>, Cache<'static, O, T>)> {
+    ) -> Result<(Evaluation<T>, Cache<'_, O, T>)> {
         let Parts { layer, x, mask, dy } = parts;
-        let (y, cache) = layer.forward(x.clone(), mask.as_ref().map(|values| values.view()))?;
+        let (y, cache) = layer.forward(O::lend(x), mask.as_ref().map(|values| values.view()))?;
         let requires_grad =
             RequiresGrad { x: wanted("grad.x"), weight: wanted("grad.base.weight"), bias: wanted("grad.base.bias") };
         let gradients = dy.as_ref().map(|dy| layer.backward_of(&cache, dy.view(), requires_grad)).transpose()?;
@@ -497,8 +507,12 @@ impl<O: Operator> Subject for Adapted<O> {
         }
     }
     fn terms(&self, case: &Case) -> Result<usize> {
-        let operator = O::from_weight_shape(case.settings()?, case.values("base.weight")?.shape())?;
-        let outputs: usize = operator.output_shape::<f64>(&Self::input(case)?)?.iter().product();
+        let operator = O::from_weight_shape(case.settings()?, case.stored("base.weight")?.shape())?;
+        let answered = ["y", "grad.y"].into_iter().find_map(|name| case.tensors.get(name));
+        let outputs: usize = match answered {
+            Some(answer) => answer.shape().iter().product(),
+            None => operator.output_shape::<f64>(&Self::input(case)?)?.iter().product(),
+        };
         Ok(outputs.saturating_mul(operator.fan_in()))
     }
     fn roundings(&self, case: &Case) -> Result<BTreeMap<String, ArrayD<Rounded>>> {

@@ -3,6 +3,7 @@
 use super::adapter::{as_matrix, check_tensors};
 use super::direction::{Direction, Factors, norm, squared_norms};
 use super::{Adapter, Base, Config, LoraInit, NormAxis};
+use crate::error::check_finite;
 use crate::operators::{Operator, in_standard_layout};
 use crate::{Error, Result, Scalar};
 use ndarray::{Array1, ArrayView1, ArrayView2};
@@ -63,6 +64,10 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
             NormAxis::Output => squared_norms(weight),
             NormAxis::Input => squared_norms(weight.reversed_axes()),
         };
+        // Squares that add up to a number are of numbers.
+        if !base_sq.iter().all(|sum| sum.is_finite()) {
+            check_finite("base.weight", base.weight.view())?; // C2
+        }
         Ok(Self { operator, config, base, adapter, base_sq })
     }
 

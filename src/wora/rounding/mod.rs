@@ -20,17 +20,17 @@ use crate::operators::{
 };
 use crate::wora::passes::column_sums;
 use cotangent::Cotangent;
-use low_rank::LowRank;
+use low_rank::{Channels, LowRank, Mixed, Weights};
 use ndarray::{
     Array1, Array2, Array3, ArrayBase, ArrayD, ArrayView1, ArrayView3, ArrayViewD, Axis, CowArray, Data, Dimension,
     Ix2, Ix3, RawData, Zip,
 };
-use operands::{Operands, Units};
+use operands::{Operands, Scaled, Units};
 use row::Summed;
 use rows::{Backward, RowErrors, Rows, WeightErrors};
 
 /// So many elements of the weight are looked at together.
-const BLOCK: usize = 1 << 21;
+const BLOCK: usize = 1 << 22;
 
 /// The type that intermediates are stored in, as far as it decides how far off results may be.
 ///
@@ -145,6 +145,7 @@ fn in_shape(values: ArrayViewD<'_, f64>, shape: (usize, usize, usize)) -> CowArr
 /// What the squares that make up the error of an output are multiplied by, where the sums of W' are there already. E61
 struct OfUnit {
     sums: f64,
+    mixed: f64,
     base_sq: f64,
     both: f64,
     lora_sq: f64,
@@ -152,17 +153,18 @@ struct OfUnit {
     once: f64,
 }
 
-/// Adds to the errors of one outer position, `[units, inner]`, what sums, P, Z and y add to them.
-fn add_outputs(units: &[OfUnit], [sums, p, z, y]: [&[f64]; 4], error: &mut [f64]) {
+/// The errors of one outer position, `[units, inner]`, from what sums, P, Z and y add to them.
+fn outputs<P: Scalar>(units: &[OfUnit], [sums, mixed]: [&[P]; 2], [p, z, y]: [&[f64]; 3], error: &mut [f64]) {
     let inner = error.len() / units.len().max(1);
     let at = |place: usize, unit: &OfUnit| {
-        let OfUnit { sums: of_sums, base_sq, both, lora_sq, y_sq, once } = unit;
+        let OfUnit { sums: of_sums, mixed: of_mixed, base_sq, both, lora_sq, y_sq, once } = unit;
+        let (sums, mixed) = (of_sums * sums[place].as_f64(), of_mixed * mixed[place].as_f64());
         let (p, z, y) = (p[place], z[place], y[place]);
-        of_sums * sums[place] + base_sq * p * p + both * p * z + lora_sq * z * z + y_sq * y * y + once // E61
+        sums + mixed + base_sq * p * p + both * p * z + lora_sq * z * z + y_sq * y * y + once // E61
     };
     for (i, unit) in units.iter().enumerate() {
         for (place, error) in error[i * inner..(i + 1) * inner].iter_mut().enumerate() {
-            *error += at(i * inner + place, unit);
+            *error = at(i * inner + place, unit);
         }
     }
 }
@@ -180,12 +182,10 @@ struct Passes<'a, 'x, O: Operator> {
     /// The gains of units and of columns: at most one is not 1.
     gain_out: Array1<f64>,
     gain_in: Array1<f64>,
-    /// `x~^2`
-    x_sq: O::Input<'static, f64>,
     /// The operator with every factor squared.
     squared: O,
-    /// `D^2`, `B^2 A^2` and 1, for what sums over W' add up beside W0^2.
-    low_rank: [LowRank; 3],
+    /// What sums over W' add up beside W0^2.
+    low_rank: LowRank,
     /// Z = B U: `[outer, units, inner]`
     mixed: Array3<f64>,
     /// `[outer, units, inner]`
@@ -209,24 +209,13 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             gain.map_or_else(|| Array1::ones(length), |gain| gain.to_owned())
         };
         let operator = &layer.operator;
-        let x = cache.adapted_input();
-        let x_sq = match x.values() {
-            Some(x) => O::Input::from_values(Zip::from(x).par_map_collect(|x| x * x)).expect("values"),
-            None => x.ids().and_then(|ids| O::Input::from_ids(ids.to_owned())).expect("ids"),
-        };
-        let (a, b, groups) = (layer.a(), layer.b(), operator.groups());
         Self {
             layer,
             cache,
             results,
             storage,
-            x_sq,
             squared: operator.power(2),
-            low_rank: [
-                LowRank::square_of_product(a, b, groups),
-                LowRank::product_of_squares(a, b),
-                LowRank::ones(operator.units(), operator.fan_in(), groups),
-            ],
+            low_rank: LowRank::new(layer.a(), layer.b(), operator.groups()),
             tiny_sq: storage.smallest_normal.powi(2),
             beta: layer.beta(),
             gamma: layer.alpha() * layer.scaling(),
@@ -248,27 +237,31 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let rows = Rows::new(factors, cache.direction.as_ref(), [of_norm, self.chain_of_all()], self.tiny_sq);
 
         // On the norms' side W0^2 alone is multiplied, and the sums by what rows have of their own.
-        let (mut squares, scale) = operands.weight_sq();
-        let by_norm = match axis {
-            NormAxis::Output => Some(operands.outputs(squares.view(), scale).into_dyn()),
-            NormAxis::Input => cotangent.map(|_| operands.inputs(squares.view(), scale)),
-        };
+        let mut squares = operands.weight_sq();
+        let is_summed = axis == NormAxis::Output || cotangent.is_some();
+        let channels = if is_summed { Some(self.low_rank.channels(axis, &operands)?) } else { None };
+        let by_norm = is_summed.then(|| match axis {
+            NormAxis::Output => operands.outputs(&squares).into_dyn(),
+            NormAxis::Input => operands.inputs(&squares),
+        });
         // On the other side every element has something of its own, which takes the place of its square.
         let is_wanted = axis == NormAxis::Input || results.gradients.as_ref().is_some_and(|all| all.x.is_some());
-        let mut elements = self.as_weight(squares.view_mut());
+        squares.scale = 1.0;
+        let mut elements = self.as_weight(squares.values.view_mut());
         elements.slice_axis_inplace(Axis(1), (..if is_wanted { elements.ncols() } else { 0 }).into());
         let summed = Summed {
             stored: self.stored(if axis == NormAxis::Output { NormAxis::Input } else { NormAxis::Output }),
             chain: self.chain_of_outputs(),
         };
-        let terms = cotangent.zip(by_norm.as_ref()).map(|(cotangent, sums)| self.terms(cotangent, sums));
+        let sums = cotangent.and(by_norm.as_ref()).zip(channels.as_ref());
+        let terms = sums.map(|(of_base, channels)| self.terms(of_base, channels, &operands));
         let mut errors = RowErrors::none(layer.base_sq.len(), &rows.factors);
         let mut weights = self.weight_errors(&rows);
         for (range, units) in self.blocks(block) {
             let dmerged = cotangent.map(|_| operands.dmerged(&units));
             let of_rows = cotangent.zip(dmerged.as_ref()).zip(terms.as_ref());
-            let of_rows = of_rows.map(|((cotangent, (x, scale)), [terms_of_base, terms_of_delta])| Backward {
-                dmerged: (self.as_weight(x.view()), *scale),
+            let of_rows = of_rows.map(|((cotangent, x), [terms_of_base, terms_of_delta])| Backward {
+                dmerged: (self.as_weight(x.values.view()), x.scale),
                 chain: cotangent.chain,
                 fraction: cotangent.fraction.as_ref(),
                 terms_of_base,
@@ -283,46 +276,64 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             if !operands.fit(magnitudes) {
                 return None;
             }
-            if let Some((dmerged, _)) = dmerged {
-                operands.recycle(dmerged);
+            if let Some(dmerged) = dmerged {
+                operands.recycle(dmerged.values);
             }
         }
 
+        let gradients = match results.gradients.as_ref().zip(cotangent) {
+            Some(of) => Some((of, self.gradients(of.0, of.1, &errors, &rows, &operands)?)),
+            None => None,
+        };
         let WeightErrors { weighted, merged, dweighted } = weights;
         let stored = |rows: Array2<f64>| layer.operator.stored_weight(self.as_weight(rows));
         let per_norm = |relative: &Array1<f64>, of: &Option<Array1<f64>>| of.as_ref().map(|of| relative * &square(of));
-        let squares = squares.view();
         let (y_sums, dx_sums) = match axis {
-            NormAxis::Output => (by_norm, is_wanted.then(|| operands.inputs(squares, 1.0))),
-            NormAxis::Input => (Some(operands.outputs(squares, 1.0).into_dyn()), by_norm),
+            NormAxis::Output => (by_norm, is_wanted.then(|| operands.inputs(&squares))),
+            NormAxis::Input => (Some(operands.outputs(&squares).into_dyn()), by_norm),
         };
-        let y_sums = y_sums.expect("sums").into_dimensionality().expect("as P has");
+        let (of_y, of_dx) = match axis {
+            NormAxis::Output => (channels, None),
+            NormAxis::Input => (None, channels),
+        };
         Some(Evaluation {
-            y: self.y(y_sums, &errors.gain, &operands),
+            y: self.y(y_sums.expect("sums"), of_y, &errors.gain, &operands),
             weighted: results.weighted.as_ref().map(|_| stored(weighted)),
             weight_norm: per_norm(&errors.norm, &results.weight_norm),
             gain: per_norm(&errors.gain, &results.gain),
             merged_weight: results.merged_weight.as_ref().map(|_| stored(merged)),
-            gradients: results.gradients.as_ref().zip(cotangent).map(|(values, cotangent)| {
+            gradients: gradients.map(|((values, cotangent), others)| {
                 let x = values.x.as_ref().zip(dx_sums);
-                let x = x.map(|(dx, sums)| self.dx(dx, sums, &errors.gain, cotangent, &operands));
+                let x = x.map(|(dx, sums)| self.dx(dx, sums, of_dx.as_ref(), &errors.gain, cotangent, &operands));
                 let weight = values.weight.as_ref().map(|value| self.dweight(value, dweighted, cotangent, &operands));
-                Gradients { x, weight, ..self.gradients(values, cotangent, &errors, &rows) }
+                Gradients { x, weight, ..others }
             }),
         })
     }
 
     /// The squared terms of X contracted row by row with `W0^2` and with `D^2`, by way of the sums that have those in them.
-    fn terms(&self, cotangent: &Cotangent, of_base: &ArrayD<f64>) -> [Array1<f64>; 2] {
+    fn terms<P: Scalar>(
+        &self,
+        of_base: &Scaled<ArrayD<P>>,
+        channels: &Channels<P>,
+        operands: &Operands<'_, O, P>,
+    ) -> [Array1<f64>; 2] {
         let axis = self.layer.config.norm_axis;
-        let dy_sq = cotangent.dy_sq.view();
+        let sums = of_base.values.view();
         let base = match axis {
-            NormAxis::Output => channel_products(dy_sq, of_base.view().into_dimensionality().expect("as P has")),
-            NormAxis::Input => column_sums(of_base * &self.x_sq.values().expect("features")),
+            NormAxis::Output => {
+                let dy = operands.dy_sq();
+                let terms = channel_products(dy.values, sums.into_dimensionality().expect("as P has"));
+                terms.mapv(|terms| of_base.scale * dy.scale * terms.as_f64())
+            }
+            NormAxis::Input => {
+                let x = operands.x_sq();
+                let scale = of_base.scale * x.scale;
+                let product = |sum: &P, x: &P| scale * sum.as_f64() * x.as_f64();
+                column_sums(Zip::from(sums).and(x.values.values().expect("features")).par_map_collect(product))
+            }
         };
-        // What is small beside the terms of a square may come out below 0.
-        let delta = self.low_rank[0].contracted(axis, &self.squared, &self.x_sq, dy_sq);
-        [base, delta.mapv(|terms| terms.max(0.0))]
+        [base, self.low_rank.contracted(axis, channels, operands)]
     }
 
     /// Room for the errors of whole weights, where they are wanted.
@@ -345,19 +356,18 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
 
     /// What the squares that a sum over W' adds up on the norms' side are multiplied by, row by row: W0^2, and those of
     /// low rank. The error of a gain is none of their own: all terms of such a sum share it. E151
-    fn of_squares(&self) -> (Array1<f64>, [LowRank; 3]) {
+    fn of_squares(&self) -> (Array1<f64>, Weights) {
         let axis = self.layer.config.norm_axis;
         let gain = self.cache.direction.as_ref().map(|direction| direction.gain.view());
         let g_sq = gain.map_or_else(|| Array1::ones(self.layer.base_sq.len()), |gain| square(&gain));
         let often = self.stored(axis) + self.chain_of_outputs();
         let (gamma_sq, tiny_sq) = (self.gamma * self.gamma, self.tiny_sq);
-        let [delta, terms, ones] = &self.low_rank;
-        let low_rank = [
-            delta.scaled(axis, &(&g_sq * (6.0 * often * gamma_sq))),
-            terms.scaled(axis, &(&g_sq * (often * gamma_sq))),
-            ones.scaled(axis, &((&g_sq * (gamma_sq + 1.0) + 1.0) * (often * tiny_sq))),
-        ];
-        (g_sq * (5.0 * often * self.beta * self.beta), low_rank)
+        let weights = Weights {
+            delta: &g_sq * (6.0 * often * gamma_sq),
+            terms: &g_sq * (often * gamma_sq),
+            ones: (&g_sq * (gamma_sq + 1.0) + 1.0) * (often * tiny_sq),
+        };
+        (g_sq * (5.0 * often * self.beta * self.beta), weights)
     }
 
     /// The rows of the weight that are looked at together, and the units that they belong to: few enough to stay in the
@@ -396,34 +406,41 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
     }
 
     /// Of y, in its shape, from what it adds up of squares. E61
-    fn y<P: Scalar>(&self, sums: Array3<f64>, gain_error: &Array1<f64>, operands: &Operands<'_, O, P>) -> ArrayD<f64> {
+    fn y<P: Scalar>(
+        &self,
+        sums: Scaled<ArrayD<P>>,
+        channels: Option<Channels<P>>,
+        gain_error: &Array1<f64>,
+        operands: &Operands<'_, O, P>,
+    ) -> ArrayD<f64> {
         let Self { layer, beta, gamma, tiny_sq, .. } = *self;
-        let (p, chain) = (&self.cache.base_output, self.chain_of_outputs());
-        let mut error = Array3::zeros(p.dim());
-        let of_sums = match layer.config.norm_axis {
-            NormAxis::Input => Array1::ones(p.len_of(Axis(1))),
-            NormAxis::Output => {
-                let (of_base, low_rank) = self.of_squares();
-                low_rank::add_outputs(&low_rank, &self.squared, &self.x_sq, &mut error);
-                of_base
+        let (p, u, chain) = (&self.cache.base_output, &self.cache.lora_output, self.chain_of_outputs());
+        let groups = layer.operator.groups();
+        let units = p.len_of(Axis(1));
+        let ((of_base, of_delta), (mixed, whole), shared) = match channels {
+            Some(channels) => {
+                let (of_base, weights) = self.of_squares();
+                let share = chain / (self.stored(NormAxis::Output) + chain);
+                let mixed = self.low_rank.outputs(channels, &weights, (u.view(), share));
+                ((of_base, weights.delta), mixed, gain_error.clone())
+            }
+            None => {
+                let gained_sq = square(&(&layer.b() * &(&self.gain_out * gamma).insert_axis(Axis(1))));
+                let u_error = Scaled::<Array3<P>>::of((square(u) * chain).view());
+                let as_it_is = || Array1::ones(units);
+                let weights = Weights { delta: as_it_is(), terms: as_it_is(), ones: as_it_is() };
+                let mixed = low_rank::mix((gained_sq.view(), 0, gained_sq.ncols()), &weights, &u_error, groups);
+                ((weights.ones, weights.delta), (mixed, None), Array1::zeros(units))
             }
         };
-        let gained_sq = square(&(&layer.b() * &(&self.gain_out * gamma).insert_axis(Axis(1))));
-        let u_error = square(&self.cache.lora_output) * chain;
-        mix_into(error.view_mut(), gained_sq.view(), u_error.view(), layer.operator.groups());
-        if self.cache.dropped.is_some() {
-            error += &operands.outputs_of_both(chain);
-        }
-        let shared = match layer.config.norm_axis {
-            NormAxis::Output => gain_error.clone(),
-            NormAxis::Input => Array1::zeros(p.len_of(Axis(1))),
-        };
+        let Mixed { sums: mixed, scales } = mixed;
         let bias = layer.base.bias.as_ref();
         let y = self.results.y.view().into_shape_with_order(p.dim()).expect("as many as P");
         let of_unit = |i: usize| {
             let (base, lora, shared) = (self.gain_out[i] * beta, self.gain_out[i] * gamma, shared[i]);
             OfUnit {
-                sums: of_sums[i],
+                sums: of_base[i] * sums.scale,
+                mixed: scales[i],
                 base_sq: 1.0 + (1.0 + shared) * base * base,
                 both: 2.0 * shared * base * lora,
                 lora_sq: (2.0 + shared) * lora * lora,
@@ -431,23 +448,35 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
                 once: bias.map_or(0.0, |bias| bias[i] * bias[i]) + tiny_sq,
             }
         };
-        let units: Vec<_> = (0..p.len_of(Axis(1))).map(of_unit).collect();
-        let outer = Zip::from(error.outer_iter_mut()).and(sums.outer_iter()).and(p.outer_iter());
-        outer.and(self.mixed.outer_iter()).and(y.outer_iter()).par_for_each(|mut error, sums, p, z, y| {
-            let parts = [sums, p, z, y].map(|part| part.to_slice().expect("standard layout"));
-            add_outputs(&units, parts, error.as_slice_mut().expect("standard layout"));
+        let units: Vec<_> = (0..units).map(of_unit).collect();
+        let sums = sums.values.into_dimensionality::<Ix3>().expect("as P has");
+        let mut error = Array3::zeros(p.dim());
+        let outer = Zip::from(error.outer_iter_mut()).and(sums.outer_iter()).and(mixed.outer_iter());
+        let outer = outer.and(p.outer_iter()).and(self.mixed.outer_iter());
+        outer.and(y.outer_iter()).par_for_each(|mut error, sums, mixed, p, z, y| {
+            let squares = [sums, mixed].map(|part| part.to_slice().expect("standard layout"));
+            let parts = [p, z, y].map(|part| part.to_slice().expect("standard layout"));
+            outputs(&units, squares, parts, error.as_slice_mut().expect("standard layout"));
         });
+        if let Some(Scaled { values, scale }) = whole {
+            let of_units = (of_delta * scale).insert_axis(Axis(1));
+            error += &(values.mapv(Scalar::as_f64) * of_units);
+        }
+        if self.cache.dropped.is_some() {
+            error += &operands.outputs_of_both(chain);
+        }
         error.into_shape_with_order(self.results.y.shape()).expect("as many as y")
     }
 
-    /// Of the gradients beside those of x and of W0.
-    fn gradients(
+    /// Of the gradients beside those of x and of W0; `None` where P has not the range for them.
+    fn gradients<P: Scalar>(
         &self,
         values: &Gradients<f64>,
         cotangent: &Cotangent,
         errors: &RowErrors,
         rows: &Rows<'_>,
-    ) -> Gradients<f64> {
+        operands: &Operands<'_, O, P>,
+    ) -> Option<Gradients<f64>> {
         let Self { layer, gamma, tiny_sq, .. } = *self;
         let (operator, adapter) = (&layer.operator, &values.adapter);
         let Cotangent { chain, dy_sq, t, t_terms, t_error, p_terms, z_terms, .. } = cotangent;
@@ -461,12 +490,14 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         };
         let [lora_a, lora_b] = self.pair(rows, errors, t);
         let (a_sq, u_sq) = (square(&(&layer.a() * &self.gain_in)), square(&self.cache.lora_output));
-        let u_terms = self.squared.apply(&self.x_sq, &[a_sq.view()]).swap_remove(0);
-        let of_u = u_sq * (chain + of_outputs + 1.0) + u_terms * *chain;
+        let u_terms = operands.outputs(&operands.narrowed(a_sq.view())?);
+        let per_term = chain * u_terms.scale;
+        let of_u = u_sq * (chain + of_outputs + 1.0) + u_terms.values.mapv(|terms| per_term * terms.as_f64());
         let of_u = mix_adjoint_weight(dy_sq.view(), of_u.view(), operator.groups());
         let lora_b = lora_b + of_u * gain_sq.view().insert_axis(Axis(1)); // E69
         let of_t = t_error * (chain + 2.0) + t_terms * *chain;
-        let mut of_t = self.squared.adjoint_weight(&self.x_sq, of_t.view()) * square(&self.gain_in);
+        let of_t = operands.terms_of(&operands.narrowed(of_t.view())?);
+        let mut of_t = of_t.values.mapv(|terms| of_t.scale * terms.as_f64()) * square(&self.gain_in);
         if let Some(fraction) = &cotangent.fraction {
             of_t *= &square(fraction);
         }
@@ -487,7 +518,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             .as_ref()
             .map(|value| errors.magnitude.clone().into_shape_with_order(value.shape()).expect("one an entry of m"));
         let (alpha, beta) = (adapter.alpha.as_ref(), adapter.beta.as_ref());
-        Gradients {
+        Some(Gradients {
             x: None,
             weight: None,
             bias,
@@ -498,7 +529,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
                 alpha: alpha.map(|value| scale(errors.alpha, z_terms, layer.scaling(), value)),
                 beta: beta.map(|value| scale(errors.beta, p_terms, 1.0, value)),
             },
-        }
+        })
     }
 
     /// Of dW0, from what its rows have of dV. E71
@@ -553,7 +584,8 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
     fn dx<P: Scalar>(
         &self,
         dx: &ArrayD<f64>,
-        mut error: ArrayD<f64>,
+        sums: Scaled<ArrayD<P>>,
+        channels: Option<&Channels<P>>,
         gain_error: &Array1<f64>,
         cotangent: &Cotangent,
         operands: &Operands<'_, O, P>,
@@ -562,32 +594,38 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let (operator, x, chain) = (&layer.operator, &self.cache.x, self.chain_of_inputs());
         let gained_a = &layer.a() * &self.gain_in * gamma;
         let Cotangent { dy_sq, t, t_error, du, .. } = cotangent;
-        let (lora, du) =
-            (operator.adjoint_input(x, &[(t.view(), gained_a.view())]).expect("values"), du.as_ref().expect("values"));
-        let low_rank = if layer.config.norm_axis == NormAxis::Input {
-            let (of_base, low_rank) = self.of_squares();
-            error *= &of_base;
-            low_rank.into()
-        } else {
-            vec![]
+        let lora = operator.adjoint_input(x, &[(t.view(), gained_a.view())]).expect("values");
+        let of_t = square(&gained_a);
+        let of_t = (t_error.view(), of_t.view());
+        // What is added up of W0^2 is multiplied by what columns have of their own, where there are such.
+        let (low, of_sums) = match channels {
+            None => (self.squared.adjoint_input(x, &[of_t]), sums.scale),
+            Some(channels) => {
+                let (of_base, weights) = self.of_squares();
+                let (operator, dy_sq) = (&self.squared, dy_sq.view());
+                let low = self.low_rank.inputs(channels, &weights, operator, x, dy_sq, of_t);
+                (low.map(|low| low + sums.values.mapv(|sum| sums.scale * sum.as_f64()) * of_base), 0.0)
+            }
         };
-        let of_t = (t_error.view(), square(&gained_a));
-        let low = low_rank::inputs(&low_rank, &self.squared, &self.x_sq, dy_sq.view(), of_t).expect("values");
+        let (mut error, du) = (low.expect("values"), du.as_ref().expect("values"));
         let by_column = layer.config.norm_axis == NormAxis::Input;
         let du: CowArray<'_, _, _> = if by_column { (du * &self.gain_in).into() } else { du.into() };
-        Zip::from(&mut error).and(&low).and(&du).and(&lora).par_for_each(|error, &low, &du, &lora| {
-            *error += low + (du - lora).powi(2) + lora * lora;
+        let own = |dx: f64| (chain + 1.0) * dx * dx + tiny_sq;
+        let is_masked = self.cache.dropped.is_some();
+        let parts = Zip::from(&mut error).and(&sums.values).and(&du).and(&lora).and(dx);
+        parts.par_for_each(|error, sum, &du, &lora, &dx| {
+            *error += of_sums * sum.as_f64() + (du - lora).powi(2) + lora * lora;
+            *error += if is_masked { 0.0 } else { own(dx) };
         });
         if by_column && self.cache.direction.is_some() {
             error += &(du.mapv(|du| du * du) * gain_error);
         }
         if let Some((mask, _)) = &self.cache.dropped {
             let kept = operands.inputs_of_both(chain);
-            ndarray::azip!((error in &mut error, &kept in &kept, &mask in mask) {
-                *error = mask * mask * (*error + kept) + 2.0 * kept;
+            ndarray::azip!((error in &mut error, &kept in &kept, &mask in mask, &dx in dx) {
+                *error = mask * mask * (*error + kept) + 2.0 * kept + own(dx);
             });
         }
-        Zip::from(&mut error).and(dx).par_for_each(|error, &dx| *error += (chain + 1.0) * dx * dx + tiny_sq);
         error
     }
 }

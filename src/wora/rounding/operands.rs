@@ -60,7 +60,25 @@ struct Squared<V> {
     squares: V,
 }
 
-/// x, dy and W0, in the type that products are computed in. What is returned has been multiplied by the scales again.
+/// Values, and what they are to be multiplied by.
+pub(super) struct Scaled<V> {
+    pub values: V,
+    pub scale: f64,
+}
+
+impl<P: Scalar, D: Dimension> Scaled<Array<P, D>> {
+    /// These, by a power of two that divides the largest down to a number from 1 up to 2.
+    pub fn of(values: ArrayView<'_, f64, D>) -> Self {
+        let scale = Magnitudes::of_array(values.view()).scale();
+        Self { values: values.mapv(|value| P::from_f64(value / scale)), scale }
+    }
+
+    pub fn into_dyn(self) -> Scaled<ArrayD<P>> {
+        Scaled { values: self.values.into_dyn(), scale: self.scale }
+    }
+}
+
+/// x, dy and W0, in the type that products are computed in.
 pub(super) struct Operands<'a, O: Operator, P: Scalar> {
     operator: O,
     /// With every factor squared.
@@ -125,11 +143,21 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
         })
     }
 
-    /// `W0^2`, and what it is to be multiplied by: `[units, fan_in]`
-    pub fn weight_sq(&self) -> (Array2<P>, f64) {
+    /// `W0^2`: `[units, fan_in]`
+    pub fn weight_sq(&self) -> Scaled<Array2<P>> {
         let per_scale = 1.0 / self.weight_scale;
         let squares = Zip::from(self.weight).par_map_collect(|w| P::from_f64((w * per_scale).powi(2)));
-        (squares, self.weight_scale.powi(2))
+        Scaled { values: squares, scale: self.weight_scale.powi(2) }
+    }
+
+    /// What is to be multiplied with the squares of x, or of dy; `None` where products would not keep their digits in P.
+    pub fn narrowed<D: Dimension>(&self, values: ArrayView<'_, f64, D>) -> Option<Scaled<Array<P, D>>> {
+        self.fit(Magnitudes::of_array(values.view()).scaled()).then(|| Scaled::of(values))
+    }
+
+    /// `x~^2`
+    pub fn x_sq(&self) -> Scaled<&O::Input<'static, P>> {
+        Scaled { values: &self.inputs[0].squares, scale: self.x_scale.powi(2) }
     }
 
     /// Whether products of the squares of x, and of dy, with what lies within `weight` keep their digits in P.
@@ -138,23 +166,35 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
         fit::<P>([x, dy, weight])
     }
 
-    /// `op2(x~^2, W)`, `[outer, units, inner]`, W to be multiplied by `scale`.
-    pub fn outputs(&self, weight: ArrayView2<'_, P>, scale: f64) -> Array3<f64> {
-        let sums = self.squared.apply(&self.inputs[0].squares, &[weight]).swap_remove(0);
-        widened(&sums, scale * self.x_scale.powi(2))
+    /// `dy^2`: `[outer, units, inner]`
+    pub fn dy_sq(&self) -> Scaled<ArrayView3<'_, P>> {
+        Scaled { values: self.dy().squares.view(), scale: self.dy_scale.powi(2) }
     }
 
-    /// `op2*(dy^2, W)`, in the shape of x, W to be multiplied by `scale`.
-    pub fn inputs(&self, weight: ArrayView2<'_, P>, scale: f64) -> ArrayD<f64> {
-        let sums = self.squared.adjoint_input(&self.inputs[0].squares, &[(self.dy().squares.view(), weight)]);
-        widened(&sums.expect("values"), scale * self.dy_scale.powi(2))
+    /// `op2(x~^2, W)`: `[outer, units, inner]`
+    pub fn outputs(&self, weight: &Scaled<Array2<P>>) -> Scaled<Array3<P>> {
+        let values = self.squared.apply(&self.inputs[0].squares, &[weight.values.view()]).swap_remove(0);
+        Scaled { values, scale: weight.scale * self.x_scale.powi(2) }
+    }
+
+    /// `op2*(dy^2, W)`, in the shape of x.
+    pub fn inputs(&self, weight: &Scaled<Array2<P>>) -> Scaled<ArrayD<P>> {
+        let pairs = [(self.dy().squares.view(), weight.values.view())];
+        let values = self.squared.adjoint_input(&self.inputs[0].squares, &pairs).expect("values");
+        Scaled { values, scale: weight.scale * self.dy_scale.powi(2) }
+    }
+
+    /// `op2*(x~^2, t)` of t `[outer, rows, inner]`: `[rows, fan_in]`
+    pub fn terms_of(&self, t: &Scaled<Array3<P>>) -> Scaled<Array2<P>> {
+        let values = self.squared.adjoint_weight(&self.inputs[0].squares, t.values.view());
+        Scaled { values, scale: t.scale * self.x_scale.powi(2) }
     }
 
     /// `l op2(x^2, W0^2) + op(x, W0)^2`, for `x~` and for x.
     pub fn outputs_of_both(&self, chain: f64) -> Array3<f64> {
-        let (weight, (weight_sq, _)) = (self.weight(), self.weight_sq());
+        let (weight, weight_sq) = (self.weight(), self.weight_sq());
         let of = |x: &Squared<O::Input<'static, P>>| {
-            let terms = self.squared.apply(&x.squares, &[weight_sq.view()]).swap_remove(0);
+            let terms = self.squared.apply(&x.squares, &[weight_sq.values.view()]).swap_remove(0);
             let whole = self.operator.apply(&x.values, &[weight.view()]).swap_remove(0);
             chained(&terms, &whole, chain, self.x_scale * self.weight_scale)
         };
@@ -163,8 +203,8 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
 
     /// `l op2*(dy^2, W0^2) + op*(dy, W0)^2`, in the shape of x.
     pub fn inputs_of_both(&self, chain: f64) -> ArrayD<f64> {
-        let (dy, x, weight, (weight_sq, _)) = (self.dy(), &self.inputs[0], self.weight(), self.weight_sq());
-        let terms = self.squared.adjoint_input(&x.squares, &[(dy.squares.view(), weight_sq.view())]);
+        let (dy, x, weight, weight_sq) = (self.dy(), &self.inputs[0], self.weight(), self.weight_sq());
+        let terms = self.squared.adjoint_input(&x.squares, &[(dy.squares.view(), weight_sq.values.view())]);
         let whole = self.operator.adjoint_input(&x.values, &[(dy.values.view(), weight.view())]);
         chained(&terms.expect("values"), &whole.expect("values"), chain, self.dy_scale * self.weight_scale)
     }
@@ -173,12 +213,12 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
         self.weight.mapv(|w| P::from_f64(w / self.weight_scale))
     }
 
-    /// `X = op*(x~, dy)` for some units, `[units, fan_in]`, and what it is to be multiplied by.
-    pub fn dmerged(&self, units: &Units) -> (Array2<P>, f64) {
+    /// `X = op*(x~, dy)` for some units: `[units, fan_in]`
+    pub fn dmerged(&self, units: &Units) -> Scaled<Array2<P>> {
         let mut sums = self.workspace.array(Ix2(units.range.len(), self.operator.fan_in()));
         let dy = units.slice(self.dy().values.view());
         units.of(&self.operator).adjoint_weight_into(&self.inputs[0].values, dy, sums.view_mut());
-        (sums, self.x_scale * self.dy_scale)
+        Scaled { values: sums, scale: self.x_scale * self.dy_scale }
     }
 
     /// Leaves what [`Operands::dmerged`] has returned to the next units.

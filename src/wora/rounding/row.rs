@@ -9,6 +9,13 @@ use ndarray::ArrayView1;
 /// Sums kept beside each other. Rows end in zeros that fill the last of them, and add nothing to any sum.
 const LANES: usize = 8;
 
+/// Several such sums. A loop that adds their lanes up itself is not compiled into vectors.
+type Lanes<const N: usize> = [[f64; LANES]; N];
+
+fn added<const N: usize>(sums: Lanes<N>) -> [f64; N] {
+    sums.map(|lanes| lanes.iter().sum())
+}
+
 /// So much memory for a row of so many columns.
 pub(super) fn padded(columns: usize) -> usize {
     columns.next_multiple_of(LANES)
@@ -96,7 +103,7 @@ impl Row {
     pub fn set(&mut self, mixing: Mixing, base: ArrayView1<'_, f64>, delta: Delta<'_>) -> Stages {
         let Self { base: w, weighted, weighted_error, columns, .. } = self;
         w[..*columns].copy_from_slice(&contiguous(base));
-        let [weighted_error, of_delta, of_base] = stages(mixing, w, delta, weighted, weighted_error);
+        let [weighted_error, of_delta, of_base] = added(stages(mixing, w, delta, weighted, weighted_error));
         Stages { weighted_error, of_delta, of_base }
     }
 
@@ -129,14 +136,15 @@ impl Row {
         for (wide, narrow) in wide[..*columns].iter_mut().zip(contiguous(dmerged.0).iter()) {
             *wide = narrow.as_f64() * dmerged.1;
         }
-        let [apart, of_delta, of_base] = direct([chain, tiny_sq], wide, weighted, weighted_error, delta.values, base);
+        let sums = direct([chain, tiny_sq], wide, weighted, weighted_error, delta.values, base);
+        let [apart, of_delta, of_base] = added(sums);
         Direct { apart, of_delta, of_base }
     }
 
     /// The error of dV, without that of the terms of X, as long as [`padded`] says; returns what its elements add to the
     /// errors of dalpha and dbeta.
     pub fn backward(&self, of: Backward, delta: Delta<'_>, dweighted_error: &mut [f64]) -> [f64; 2] {
-        backward(of, &self.dmerged, &self.weighted, &self.weighted_error, delta, &self.base, dweighted_error)
+        added(backward(of, &self.dmerged, &self.weighted, &self.weighted_error, delta, &self.base, dweighted_error))
     }
 
     /// The error of what of dV reaches A and W0, where a lookup lets only a fraction of X through, column by column.
@@ -187,7 +195,7 @@ fn stages(
     delta: Delta<'_>,
     weighted: &mut [f64],
     weighted_error: &mut [f64],
-) -> [f64; 3] {
+) -> Lanes<3> {
     let Mixing { gamma, beta, tiny_sq } = mixing;
     let (gamma_sq, beta_sq) = (gamma * gamma, beta * beta);
     let mut sums = [[0.0; LANES]; 3];
@@ -205,7 +213,7 @@ fn stages(
             sums[2][l] += v * w;
         }
     }
-    sums.map(|lanes| lanes.iter().sum())
+    sums
 }
 
 #[multiversion(targets("x86_64+avx2"))]
@@ -225,7 +233,7 @@ fn direct(
     weighted_error: &[f64],
     delta: &[f64],
     base: &[f64],
-) -> [f64; 3] {
+) -> Lanes<3> {
     let mut sums = [[0.0; LANES]; 3];
     let rows = lanes(dmerged).iter().zip(lanes(weighted)).zip(lanes(weighted_error)).zip(lanes(delta)).zip(lanes(base));
     for ((((x, v), v_error), delta), base) in rows {
@@ -237,7 +245,7 @@ fn direct(
             sums[2][l] += x * base[l];
         }
     }
-    sums.map(|lanes| lanes.iter().sum())
+    sums
 }
 
 #[multiversion(targets("x86_64+avx2"))]
@@ -249,7 +257,7 @@ fn backward(
     delta: Delta<'_>,
     base: &[f64],
     dweighted_error: &mut [f64],
-) -> [f64; 2] {
+) -> Lanes<2> {
     let mut sums = [[0.0; LANES]; 2];
     let gradient = lanes(dmerged).iter().zip(lanes(weighted)).zip(lanes(weighted_error));
     let parts = lanes(delta.values).iter().zip(lanes(delta.terms)).zip(lanes(base));
@@ -265,5 +273,5 @@ fn backward(
             sums[1][l] += summed * base_sq; // E68
         }
     }
-    sums.map(|lanes| lanes.iter().sum())
+    sums
 }

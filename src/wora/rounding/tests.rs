@@ -1,7 +1,7 @@
 //! Errors in blocks, and in f32, against those of the whole in f64.
 
 use super::*;
-use crate::operators::Linear;
+use crate::operators::{Conv1d, ConvSettings, Linear};
 use crate::wora::Direction;
 use crate::wora::{Base, Config, Method, NormGradient, RequiresGrad};
 use approx::assert_relative_eq;
@@ -86,38 +86,89 @@ fn errors_in_f32_are_those_in_f64() {
     }
 }
 
+/// The sums of `D^2`, `B^2 A^2` and 1 of a layer against those of every element.
+fn squares_of_low_rank<O: Operator>(operator: O, x: &[usize], rank: usize, axis: NormAxis) {
+    let mut rng = Pcg64::seed_from_u64(4);
+    let mut draw = |shape: &[usize]| ArrayD::from_shape_simple_fn(IxDyn(shape), || rng.random_range(-1.0..1.0));
+    let (units, fan_in, groups) = (operator.units(), operator.fan_in(), operator.groups());
+    let norms = if axis == NormAxis::Output { units } else { fan_in };
+    let [a, b] = operator.lora_shapes(rank);
+    let config = Config { norm_axis: axis, ..Config::new(Method::Dora, 1.5) };
+    let base = Base { weight: draw(&operator.weight_shape()).into(), bias: None };
+    let magnitude = crate::wora::adapter::magnitude_shape(&operator, &config);
+    let adapter =
+        Adapter { lora_a: draw(&a), lora_b: draw(&b), magnitude: Some(draw(&magnitude)), alpha: None, beta: None };
+    let layer = Layer::new(operator, config, base, adapter).expect("a layer");
+    let x = O::Input::from_values(draw(x)).expect("values");
+    let (y, cache) = layer.forward(x, None).expect("y");
+    let dy = draw(y.shape());
+    let dy = in_shape(dy.view(), cache.base_output.dim());
+    let operands = Operands::<O, f64>::new(&layer.operator, layer.weight(), &cache, Some(dy.view())).expect("operands");
+    let (a, b, in_group) = (layer.a(), layer.b(), units / groups);
+    let sum = |of: &dyn Fn(f64) -> f64, (i, j): (usize, usize)| -> f64 {
+        (0..b.ncols()).map(|k| of(b[[i, k]] * a[[i / in_group * b.ncols() + k, j]])).sum()
+    };
+    let delta = Array2::from_shape_fn((units, fan_in), |at| sum(&|term| term, at).powi(2));
+    let terms = Array2::from_shape_fn((units, fan_in), |at| sum(&|term| term * term, at));
+
+    let low_rank = LowRank::new(a, b, groups);
+    let channels = low_rank.channels(axis, &operands).expect("channels");
+    let contracted = low_rank.contracted(axis, &channels, &operands);
+    let along = Axis(if axis == NormAxis::Output { 1 } else { 0 });
+    let expected = (&delta * &operands.terms_of_dmerged()).sum_axis(along);
+    assert_relative_eq!(contracted, expected, max_relative = 1e-12);
+
+    let mut of_norms = || draw(&[norms]).mapv(f64::abs).into_dimensionality().expect("one axis");
+    let weights = Weights { delta: of_norms(), terms: of_norms(), ones: of_norms() };
+    let [of_delta, of_terms, of_ones] =
+        [&weights.delta, &weights.terms, &weights.ones].map(|weights| weights.view().insert_axis(along));
+    let whole = &delta * &of_delta + &terms * &of_terms + of_ones;
+    let whole = Scaled { values: whole, scale: 1.0 };
+    if axis == NormAxis::Input {
+        let (t, a) = (square(&cache.lora_output), Array2::zeros(a.dim()));
+
+        let (squared, dy_sq) = (layer.operator.power(2), square(&dy));
+        let sums = low_rank.inputs(&channels, &weights, &squared, &cache.x, dy_sq.view(), (t.view(), a.view()));
+        let Scaled { values, scale } = operands.inputs(&whole);
+        assert_relative_eq!(sums.expect("values"), values * scale, max_relative = 1e-12);
+        return;
+    }
+    let u = &cache.lora_output;
+    let (Mixed { sums, scales }, apart) = low_rank.outputs(channels, &weights, (u.view(), 0.7));
+    let mut sums = sums * scales.insert_axis(Axis(1));
+    if let Some(Scaled { values, scale }) = apart {
+        sums += &(values * scale * of_delta);
+    }
+    let Scaled { values, scale } = operands.outputs(&whole);
+    let mut expected = values * scale;
+    let mixed = square(&b) * of_terms * 0.7;
+    mix_into(expected.view_mut(), mixed.view(), square(u).view(), groups);
+    assert_relative_eq!(sums, expected, max_relative = 1e-12);
+}
+
 /// By way of pairs of ranks where they are few, and of every element where they are not, in groups of units as well.
 #[test]
 fn squares_of_low_rank_are_those_of_every_element() {
-    let mut rng = Pcg64::seed_from_u64(4);
-    let mut draw = |shape: [usize; 2]| Array2::from_shape_simple_fn(shape, || rng.random_range(-1.0..1.0));
-    for (units, rank, groups) in [(12, 2, 1), (12, 4, 1), (12, 1, 3), (12, 3, 2)] {
-        let operator = Linear { in_features: 5, out_features: units, fan_in_fan_out: false };
-        let (a, b, x, dy) = (draw([rank * groups, 5]), draw([units, rank]), draw([3, 5]), draw([3, units]));
-        let mut product = Array2::zeros((units, 5));
-        for (i, mut row) in product.outer_iter_mut().enumerate() {
-            let first = i / (units / groups) * rank;
-            (0..rank).for_each(|k| row.scaled_add(b[[i, k]], &a.row(first + k)));
-        }
-        let square_of_product = LowRank::square_of_product(a.view(), b.view(), groups);
-        let (low, dense) = (square_of_product.whole(groups), square(&product));
-        assert_relative_eq!(low, dense, max_relative = 1e-12, epsilon = 1e-15);
-        if groups > 1 {
-            continue; // no linear layer has them
-        }
-        let (x, dy) = (square(&x), square(&dy).insert_axis(Axis(2)));
-        let terms = &dy.index_axis(Axis(2), 0).t().dot(&x) * &dense;
-        let input = CowArray::from(x.into_dyn());
-        for (axis, norms) in [(NormAxis::Output, units), (NormAxis::Input, 5)] {
-            let scales = Array1::from_iter((1..=norms).map(|scale| scale as f64));
-            let (by_row, terms) = match axis {
-                NormAxis::Output => (scales.view().insert_axis(Axis(1)), terms.sum_axis(Axis(1))),
-                NormAxis::Input => (scales.view().insert_axis(Axis(0)), terms.sum_axis(Axis(0))),
-            };
-            let scaled = square_of_product.scaled(axis, &scales);
-            assert_relative_eq!(scaled.whole(1), &dense * &by_row, max_relative = 1e-12, epsilon = 1e-15);
-            let contracted = square_of_product.contracted(axis, &operator, &input, dy.view());
-            assert_relative_eq!(contracted, terms, max_relative = 1e-12);
-        }
+    for (rank, axis) in [(2, NormAxis::Output), (4, NormAxis::Output), (2, NormAxis::Input), (4, NormAxis::Input)] {
+        squares_of_low_rank(Linear { in_features: 5, out_features: 12, fan_in_fan_out: false }, &[3, 5], rank, axis);
     }
+    for rank in [3, 6, 9] {
+        let settings = ConvSettings { groups: 3, ..ConvSettings::default() };
+        let conv = Conv1d::from_weight_shape(settings, &[18, 2, 2]).expect("a convolution");
+        squares_of_low_rank(conv, &[2, 6, 7], rank, NormAxis::Output);
+    }
+}
+
+/// What is added up of squares is not lost where f32 would lose it beside the largest of its row.
+#[test]
+fn what_is_small_beside_others_of_its_row_does_not_vanish() {
+    let u = Array3::from_shape_vec((1, 2, 1), vec![0.0_f32, 1.0]).expect("two ranks");
+    let u = Scaled { values: u, scale: 4.0 };
+    let b = Array2::from_shape_vec((2, 2), vec![1.0, 1e-60, 0.0, 1e-60]).expect("two units");
+    let ones = || Array1::ones(2);
+    let weights = Weights { delta: ones(), terms: ones(), ones: ones() };
+    let Mixed { sums, scales } = low_rank::mix((b.view(), 0, 2), &weights, &u, 1);
+    let sums: Vec<_> = sums.iter().zip(&scales).map(|(sum, scale)| f64::from(*sum) * scale).collect();
+    assert!(4e-60 <= sums[0] && sums[0] < 1e-29);
+    assert_relative_eq!(sums[1], 4e-60, max_relative = 1e-6);
 }
