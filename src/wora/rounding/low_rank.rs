@@ -171,24 +171,28 @@ impl LowRank {
         dy: ArrayView3<'_, f64>,
         (t, a): (ArrayView3<'_, f64>, ArrayView2<'_, f64>),
     ) -> Option<ArrayD<f64>> {
-        let ranks = channels.ranks.values.mapv(|rank| channels.ranks.scale * rank.as_f64());
-        let of_input = |(k, j): (usize, usize)| self.a[[k, j]] * self.kind(k % self.b.ncols(), weights)[j];
+        let ranks = channels.ranks.widened();
+        let Weights { delta, terms, ones } = weights;
+        let of_input = |(k, j): (usize, usize)| {
+            let rank = k % self.b.ncols();
+            self.a[[k, j]] * kind(rank, [self.pairs, self.squares], [delta, terms, ones])[j]
+        };
         let weighted = Array2::from_shape_fn(self.a.dim(), of_input);
-        let whole = self.whole.as_ref().map(|whole| whole * &weights.delta);
+        let whole = self.whole.as_ref().map(|whole| whole * delta);
         let mut pairs = vec![(t, a), (ranks.view(), weighted.view())];
         pairs.extend(whole.as_ref().map(|whole| (dy, whole.view())));
         operator.adjoint_input(x, &pairs)
     }
+}
 
-    /// What a rank of a group is weighted by.
-    fn kind<'w>(&self, rank: usize, Weights { delta, terms, ones }: &'w Weights) -> &'w Array1<f64> {
-        if rank < self.pairs {
-            delta
-        } else if rank < self.pairs + self.squares {
-            terms
-        } else {
-            ones
-        }
+/// Which of these a rank of a group is weighted by: what is of `D^2`, of `B^2 A^2` or of 1.
+fn kind<W>(rank: usize, [pairs, squares]: [usize; 2], [delta, terms, ones]: [W; 3]) -> W {
+    if rank < pairs {
+        delta
+    } else if rank < pairs + squares {
+        terms
+    } else {
+        ones
     }
 }
 
@@ -203,16 +207,7 @@ pub(super) fn mix<P: Scalar>(
     let mut scales = Array1::zeros(b.nrows());
     let rows = Zip::from(narrow.rows_mut()).and(&mut scales).and(b.rows()).and(delta).and(terms).and(ones);
     rows.par_for_each(|mut narrow, scale, b, &delta, &terms, &ones| {
-        let weight = |k| {
-            if k < pairs {
-                delta
-            } else if k < pairs + squares {
-                terms
-            } else {
-                ones
-            }
-        };
-        let weighted = |(k, &b): (usize, &f64)| weight(k) * b;
+        let weighted = |(k, &b): (usize, &f64)| kind(k, [pairs, squares], [delta, terms, ones]) * b;
         let largest = b.iter().enumerate().map(weighted).fold(0.0_f64, |most, b| most.max(b.abs()));
         let divisor = if largest > 0.0 { largest } else { 1.0 };
         for (k, (narrow, b)) in narrow.iter_mut().zip(b.iter().enumerate().map(weighted)).enumerate() {

@@ -491,13 +491,12 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let [lora_a, lora_b] = self.pair(rows, errors, t);
         let (a_sq, u_sq) = (square(&(&layer.a() * &self.gain_in)), square(&self.cache.lora_output));
         let u_terms = operands.outputs(&operands.narrowed(a_sq.view())?);
-        let per_term = chain * u_terms.scale;
-        let of_u = u_sq * (chain + of_outputs + 1.0) + u_terms.values.mapv(|terms| per_term * terms.as_f64());
+        let of_u = u_sq * (chain + of_outputs + 1.0) + u_terms.widened() * *chain;
         let of_u = mix_adjoint_weight(dy_sq.view(), of_u.view(), operator.groups());
         let lora_b = lora_b + of_u * gain_sq.view().insert_axis(Axis(1)); // E69
         let of_t = t_error * (chain + 2.0) + t_terms * *chain;
         let of_t = operands.terms_of(&operands.narrowed(of_t.view())?);
-        let mut of_t = of_t.values.mapv(|terms| of_t.scale * terms.as_f64()) * square(&self.gain_in);
+        let mut of_t = of_t.widened() * square(&self.gain_in);
         if let Some(fraction) = &cotangent.fraction {
             of_t *= &square(fraction);
         }
@@ -604,7 +603,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
                 let (of_base, weights) = self.of_squares();
                 let (operator, dy_sq) = (&self.squared, dy_sq.view());
                 let low = self.low_rank.inputs(channels, &weights, operator, x, dy_sq, of_t);
-                (low.map(|low| low + sums.values.mapv(|sum| sums.scale * sum.as_f64()) * of_base), 0.0)
+                (low.map(|low| low + sums.widened() * of_base), 0.0)
             }
         };
         let (mut error, du) = (low.expect("values"), du.as_ref().expect("values"));

@@ -73,6 +73,11 @@ impl<P: Scalar, D: Dimension> Scaled<Array<P, D>> {
         Self { values: values.mapv(|value| P::from_f64(value / scale)), scale }
     }
 
+    /// What they are.
+    pub fn widened(&self) -> Array<f64, D> {
+        widened(&self.values, self.scale)
+    }
+
     pub fn into_dyn(self) -> Scaled<ArrayD<P>> {
         Scaled { values: self.values.into_dyn(), scale: self.scale }
     }
