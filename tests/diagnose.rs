@@ -91,6 +91,36 @@ fn every_mistake_is_named_first_or_tied_with_what_cannot_be_told_from_it() {
     }
 }
 
+/// Nobody's mistake: right answers in f32, of which one tensor is a few bounds off. What changes nothing in a case, as a
+/// mask that it has not, explains none of that.
+#[test]
+fn answers_that_are_hardly_off_are_nobodys_mistake() {
+    let small = |spec: &&Spec| !spec.name.contains("large") && spec.twist != Twist::Exact;
+    let cases = LAYERS.iter().flat_map(|layer| layer.specs().iter().filter(small).map(move |spec| (*layer, spec)));
+    let blamed = cases.step_by(11).flat_map(|(layer, spec)| {
+        let mut case = CaseFile::rounded(layer.draw(spec, SEED), Dtype::F32).case;
+        case.extend(layer.define(&case).expect("answers"));
+        let (_, errors) = layer.expect(&case, &[Dtype::F32.storage()]).expect("errors");
+        let unit = 4.0 * Dtype::F32.unit_roundoff();
+        ["y", "grad.x", "grad.lora_wora_alpha", "grad.lora_B"].map(|name| {
+            let Some(error) = errors[0].get(name) else { return None };
+            let mut case = case.clone();
+            let Some(Tensor::Float(values)) = case.tensors.get_mut(name) else { panic!("{name}") };
+            let mut sign = 1.0;
+            values.zip_mut_with(error, |value, error| {
+                *value += 3.0 * sign * unit * error;
+                sign = -sign;
+            });
+            let diagnosis = diagnose(&CaseFile::rounded(case, Dtype::F32)).expect("a diagnosis");
+            assert_eq!(diagnosis.first_diverging.as_deref(), Some(name), "{}", spec.name);
+            let best = diagnosis.candidates.first()?;
+            Some(format!("{} {name}: {} leaves {}", spec.name, best.id, best.residual))
+        })
+    });
+    let blamed: Vec<String> = blamed.flatten().collect();
+    assert!(blamed.is_empty(), "{}", blamed.join("\n"));
+}
+
 #[test]
 fn two_mistakes_at_once_are_named_together() {
     let pairs = [

@@ -14,7 +14,7 @@
 
 use super::CaseFile;
 use super::facts::facts;
-use super::verify::{DEFINED, Expected, TensorVerdict, Tolerance, Verdict, expected, first_diverging};
+use super::verify::{DEFINED, Expected, TensorVerdict, Tolerance, Verdict, expected, first_diverging, unit};
 use crate::Result;
 use crate::case::{Case, Tensor, Tensors};
 use crate::mistakes::{Formula, Mistake, RIGHT, Spoiling, forward, of_layer, results};
@@ -29,10 +29,15 @@ use serde::Serialize;
 pub const SMALL: usize = 1 << 22;
 /// Nor, above this, under pairs of mistakes.
 const SMALL_FOR_PAIRS: usize = 1 << 14;
-/// A mistake has explained something where it leaves less than this part of the error over its bound.
+/// A mistake has explained something where it leaves no more than this part of the error over its bound.
 const EXPLAINS: f64 = 1.0 / 32.0;
+/// The same where every element lies within its bound, which the error may have been not far from.
+const EXPLAINS_WITHIN: f64 = 0.5;
 /// How many times the bound of the right result a wrong one's may be, for its own size.
 const ALLOWANCE: f64 = 4.0;
+/// A right result may be so small a part of what its terms come to before it is taken for one whose terms cancel, which
+/// does not say how large a wrong one's are.
+const CANCELS: f64 = 1.0 / 64.0;
 /// At most so many candidates are told, those that tie with the first apart.
 const TOLD: usize = 5;
 
@@ -55,9 +60,30 @@ pub struct Candidate {
     /// far behind it is. About 1 for two that cannot be told apart; absent where there is no other.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub runner_up_ratio: Option<f64>,
-    /// The root mean square of errors over bounds, which tells apart what the bounds do not.
+    /// What is left, and tells apart what the bounds do not.
     #[serde(skip)]
-    misfit: f64,
+    misfit: Misfit,
+}
+
+/// Errors over bounds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Misfit {
+    largest: f64,
+    /// The root mean square.
+    typical: f64,
+}
+
+impl Misfit {
+    /// 0 where every element lies within its bound.
+    fn residual(self) -> f64 {
+        if self.largest > 1.0 { self.largest } else { 0.0 }
+    }
+
+    /// Whether so little is left of what is otherwise: a mistake that changes nothing in a case leaves all of it.
+    fn explains(self, unexplained: Self) -> bool {
+        let part = if self.largest <= 1.0 { EXPLAINS_WITHIN } else { EXPLAINS };
+        self.largest < unexplained.largest && self.largest <= part * unexplained.largest
+    }
 }
 
 /// What can be said of a case that fails.
@@ -130,7 +156,8 @@ fn explain(file: &CaseFile, expected: &Expected, tensors: &[TensorVerdict]) -> R
     let candidates = with_mistakes(subject, &file.case, &right, |spoiling| {
         let evidence = Evidence::new(file, expected);
         let mut candidates = singles(&evidence, spoiling, SMALL / elements.max(1))?;
-        if candidates.iter().all(|one| one.residual > 0.0) && elements <= SMALL_FOR_PAIRS {
+        let is_explained = |one: &Candidate| one.residual == 0.0 && one.misfit.explains(evidence.unexplained);
+        if !candidates.iter().any(is_explained) && elements <= SMALL_FOR_PAIRS {
             candidates.extend(pairs(&evidence, spoiling)?);
         }
         Ok(ranked(candidates, evidence.unexplained))
@@ -146,39 +173,77 @@ fn right(subject: &dyn Subject, case: &Case) -> Result<Tensors> {
     Ok(right)
 }
 
-/// Somebody's answers, and how far off each may be.
+/// A tensor of somebody's, and how far off it may be.
+struct Answer<'a> {
+    name: &'a str,
+    actual: &'a ArrayRef<f64, IxDyn>,
+    bound: &'a ArrayD<f64>,
+    /// The bound of an error of one unit roundoff.
+    unit: f64,
+}
+
+impl Answer<'_> {
+    /// The largest error over its bound, and the sum of squares, of values that should be `wrong`. Its bound is that of
+    /// the right result, as much wider as the wrong one is larger.
+    fn errors(&self, actual: &ArrayRef<f64, IxDyn>, wrong: &ArrayD<f64>, right: &ArrayD<f64>) -> (f64, f64) {
+        let size = |values: &ArrayD<f64>| {
+            let finite = values.iter().filter(|value| value.is_finite());
+            (finite.map(|value| value * value).sum::<f64>() / values.len().max(1) as f64).sqrt()
+        };
+        let typical = size(self.bound);
+        let right = size(right).max(CANCELS * typical / self.unit);
+        let larger = ALLOWANCE * (size(wrong) / right).max(1.0);
+        let larger = if larger.is_nan() { ALLOWANCE } else { larger };
+        let (mut most, mut squares) = (0.0_f64, 0.0);
+        for ((&actual, &wrong), &bound) in actual.iter().zip(wrong).zip(self.bound) {
+            // Whether 0 / 0 or 1 / 0 is met first depends on the order of operations.
+            let same = actual == wrong || !(actual.is_finite() || wrong.is_finite());
+            let over = if same { 0.0 } else { (actual - wrong).abs() / (larger * bound.max(typical)) };
+            // An answer that is no number is as far off as can be, and no mistake's.
+            let over = if over.is_finite() { over } else { f64::MAX };
+            most = most.max(over);
+            squares += over.min(1e150).powi(2);
+        }
+        (most, squares)
+    }
+}
+
+/// Somebody's answers.
 struct Evidence<'a> {
-    answers: Vec<(&'a str, &'a ArrayRef<f64, IxDyn>, &'a ArrayD<f64>)>,
+    answers: Vec<Answer<'a>>,
     right: &'a Tensors,
-    /// The largest error over its bound where nothing is wrong.
-    unexplained: f64,
+    /// What is left where nothing is wrong.
+    unexplained: Misfit,
 }
 
 impl<'a> Evidence<'a> {
     fn new(file: &'a CaseFile, expected: &'a Expected) -> Self {
         let answers = expected.bounds_of_mistakes().iter().filter_map(|(name, bound)| match &file.case.tensors[name] {
-            Tensor::Float(actual) => Some((name.as_str(), &**actual, bound)),
+            Tensor::Float(actual) => Some(Answer { name, actual, bound, unit: unit(file.dtype(name)) }),
             Tensor::Int(_) => None,
         });
-        let mut evidence = Self { answers: answers.collect(), right: &expected.witnesses[0], unexplained: 0.0 };
-        evidence.unexplained = evidence.weigh(evidence.right).0;
+        let mut evidence =
+            Self { answers: answers.collect(), right: &expected.witnesses[0], unexplained: Misfit::default() };
+        evidence.unexplained = evidence.weigh(evidence.right);
         evidence
     }
 
-    /// The largest error over its bound and the root mean square, if these are somebody's results. Somebody may have
+    /// What is left, if these are somebody's results. Somebody may have
     /// recorded right intermediates beside a wrong y, so those speak for a mistake or not at all; so do those that the
     /// mistake leaves as they are, beside a y that it explains.
-    fn weigh(&self, theirs: &Tensors) -> (f64, f64) {
+    fn weigh(&self, theirs: &Tensors) -> Misfit {
         let (mut most, mut squares, mut count) = (0.0_f64, 0.0, 0);
-        for &(name, actual, bound) in &self.answers {
+        for answer in &self.answers {
+            let &Answer { name, actual, .. } = answer;
             let Some(wrong) = theirs.get(name).filter(|wrong| wrong.shape() == actual.shape()) else { continue };
-            let mut of = errors(actual, wrong, &self.right[name], bound);
+            let right = &self.right[name];
+            let mut of = answer.errors(actual, wrong, right);
             if !is_result(name) {
-                let untouched = errors(wrong, &self.right[name], &self.right[name], bound).0 <= 1.0;
-                if untouched && self.answers.iter().any(|(name, ..)| is_result(name)) {
+                let untouched = answer.errors(wrong, right, right).0 <= 1.0;
+                if untouched && self.answers.iter().any(|answer| is_result(answer.name)) {
                     continue;
                 }
-                let right = errors(actual, &self.right[name], &self.right[name], bound);
+                let right = answer.errors(actual, right, right);
                 if right.0 < of.0 {
                     of = right;
                 }
@@ -187,17 +252,17 @@ impl<'a> Evidence<'a> {
             squares += of.1;
             count += actual.len();
         }
-        (if most > 1.0 { most } else { 0.0 }, (squares / f64::from(count.max(1) as u32)).sqrt())
+        Misfit { largest: most, typical: (squares / count.max(1) as f64).sqrt() }
     }
 
     /// The same of y alone; `None` where the formula cannot be evaluated in the case.
-    fn weigh_output(&self, forward: &Formula, spoiling: &Spoiling<'_>) -> Result<Option<(f64, f64)>> {
+    fn weigh_output(&self, forward: &Formula, spoiling: &Spoiling<'_>) -> Result<Option<Misfit>> {
         Ok(spoiling.value(forward)?.map(|y| self.weigh(&Tensors::from([("y".into(), y)]))))
     }
 
-    /// Whether so little of the error is left.
-    fn explains(&self, residual: f64) -> bool {
-        residual <= EXPLAINS * self.unexplained
+    /// Whether y alone leaves so much of the error that gradients need not be looked at.
+    fn is_dismissed_by(&self, output: Misfit) -> bool {
+        output.largest > 1.0 && !output.explains(self.unexplained)
     }
 }
 
@@ -206,34 +271,12 @@ fn is_result(name: &str) -> bool {
     name == "y" || name.starts_with("grad.")
 }
 
-/// The largest error over its bound, and the sum of squares, of answers that should be `wrong`. Its bound is that of
-/// the right result, as much wider as the wrong one is larger.
-fn errors(actual: &ArrayRef<f64, IxDyn>, wrong: &ArrayD<f64>, right: &ArrayD<f64>, bound: &ArrayD<f64>) -> (f64, f64) {
-    let size = |values: &ArrayD<f64>| {
-        let finite = values.iter().filter(|value| value.is_finite());
-        (finite.map(|value| value * value).sum::<f64>() / values.len().max(1) as f64).sqrt()
-    };
-    let (larger, typical) = (ALLOWANCE * (size(wrong) / size(right)).max(1.0), size(bound));
-    let larger = if larger.is_nan() { ALLOWANCE } else { larger };
-    let (mut most, mut squares) = (0.0_f64, 0.0);
-    for ((&actual, &wrong), &bound) in actual.iter().zip(wrong).zip(bound) {
-        // Whether 0 / 0 or 1 / 0 is met first depends on the order of operations.
-        let same = actual == wrong || !(actual.is_finite() || wrong.is_finite());
-        let over = if same { 0.0 } else { (actual - wrong).abs() / (larger * bound.max(typical)) };
-        // An answer that is no number is as far off as can be, and no mistake's.
-        let over = if over.is_finite() { over } else { f64::MAX };
-        most = most.max(over);
-        squares += over.min(1e150).powi(2);
-    }
-    (most, squares)
-}
-
 /// Every mistake that can be made in this case, weighed; so many at a time, since each takes memory.
 fn singles(evidence: &Evidence<'_>, spoiling: &Spoiling<'_>, at_a_time: usize) -> Result<Vec<Candidate>> {
     let known: Vec<&Mistake> = of_layer(&spoiling.case.layer).collect();
     let mut candidates = vec![];
     // About half of all mistakes are changes of these, which two threads would find at the same time.
-    if evidence.weigh_output(&RIGHT, spoiling)?.is_some_and(|(residual, _)| evidence.explains(residual)) {
+    if evidence.weigh_output(&RIGHT, spoiling)?.is_some_and(|left| !evidence.is_dismissed_by(left)) {
         spoiling.evaluate(&RIGHT)?;
     }
     for some in known.chunks(at_a_time) {
@@ -260,10 +303,10 @@ fn candidate(
     spoiling: &Spoiling<'_>,
 ) -> Result<Option<Candidate>> {
     let Some(forward) = forward(mistakes) else { return Ok(None) };
-    let Some((mut residual, mut misfit)) = evidence.weigh_output(&forward, spoiling)? else { return Ok(None) };
-    if evidence.explains(residual) {
+    let Some(mut misfit) = evidence.weigh_output(&forward, spoiling)? else { return Ok(None) };
+    if !evidence.is_dismissed_by(misfit) {
         let Some(theirs) = results(mistakes, spoiling)? else { return Ok(None) };
-        (residual, misfit) = evidence.weigh(&theirs);
+        misfit = evidence.weigh(&theirs);
     }
     let join = |of: fn(&Mistake) -> &'static str, between: &str| {
         mistakes.iter().map(|mistake| of(mistake)).collect::<Vec<_>>().join(between)
@@ -274,7 +317,7 @@ fn candidate(
         title: join(|mistake| mistake.wrong, " "),
         seen: join(|mistake| mistake.seen, "; "),
         section: mistakes[0].section,
-        residual,
+        residual: misfit.residual(),
         runner_up_ratio: None,
         misfit,
     }))
@@ -282,16 +325,16 @@ fn candidate(
 
 /// Those that explain the case, best first: by residual, then by how few mistakes they are, then by the finer measure.
 /// All that tie with the best are told, and a few more.
-fn ranked(mut candidates: Vec<Candidate>, unexplained: f64) -> Vec<Candidate> {
-    let rank = |one: &Candidate| (one.residual, one.ids.len(), one.misfit);
+fn ranked(mut candidates: Vec<Candidate>, unexplained: Misfit) -> Vec<Candidate> {
+    let rank = |one: &Candidate| (one.residual, one.ids.len(), one.misfit.typical);
     candidates.sort_by(|one, other| rank(one).partial_cmp(&rank(other)).expect("numbers"));
     // What is exact to the last digit is taken for a thousandth of a bound off, so that a ratio stays one of errors.
-    let misfit = |one: &Candidate| one.misfit.max(1e-3);
+    let misfit = |one: &Candidate| one.misfit.typical.max(1e-3);
     for at in 1..candidates.len() {
         candidates[at - 1].runner_up_ratio =
             Some((misfit(&candidates[at]) / misfit(&candidates[at - 1])).min(f64::MAX));
     }
-    candidates.retain(|one| one.residual <= EXPLAINS * unexplained);
+    candidates.retain(|one| one.misfit.explains(unexplained));
     let best = candidates.first().map(|best| (best.residual, best.ids.len()));
     let ties = candidates.iter().take_while(|one| Some((one.residual, one.ids.len())) == best).count();
     candidates.truncate(ties.max(TOLD));
@@ -302,23 +345,32 @@ fn ranked(mut candidates: Vec<Candidate>, unexplained: f64) -> Vec<Candidate> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn all_that_tie_with_the_best_are_told_and_a_few_more() {
-        let candidate = |residual: f64, misfit: f64| Candidate {
+    /// How many are told of these, of which the largest and the typical error over its bound are left.
+    fn told(left: &[f64], unexplained: f64) -> usize {
+        let misfit = |error: f64| Misfit { largest: error, typical: error };
+        let candidate = |&left: &f64| Candidate {
             id: String::new(),
             ids: vec!["one"],
             title: String::new(),
             seen: String::new(),
             section: "",
-            residual,
+            residual: misfit(left).residual(),
             runner_up_ratio: None,
-            misfit,
+            misfit: misfit(left),
         };
-        let told = |ties: usize, others: usize| {
-            let ties = (0..ties).map(|_| candidate(0.0, 0.0));
-            ranked(ties.chain((0..others).map(|_| candidate(1.0, 1.0))).collect(), 100.0).len()
-        };
-        assert_eq!([told(TOLD + 3, 4), told(2, 10), told(2, 1)], [TOLD + 3, TOLD, 3]);
-        assert_eq!(ranked(vec![candidate(4.0, 4.0)], 100.0).len(), 0, "it leaves too much");
+        ranked(left.iter().map(candidate).collect(), misfit(unexplained)).len()
+    }
+
+    #[test]
+    fn all_that_tie_with_the_best_are_told_and_a_few_more() {
+        let of = |ties: usize, others: usize| told(&[vec![0.0; ties], vec![2.0; others]].concat(), 100.0);
+        assert_eq!([of(TOLD + 3, 4), of(2, 10), of(2, 1)], [TOLD + 3, TOLD, 3]);
+    }
+
+    #[test]
+    fn nothing_explains_an_error_that_it_leaves() {
+        assert_eq!([told(&[4.0], 100.0), told(&[3.0], 100.0)], [0, 1]);
+        assert_eq!([told(&[0.9], 0.9), told(&[0.6], 0.9), told(&[0.2], 0.9)], [0, 0, 1]);
+        assert_eq!([told(&[0.0], 0.0), told(&[f64::MAX], f64::MAX)], [0, 0]);
     }
 }

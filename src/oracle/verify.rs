@@ -164,6 +164,11 @@ pub fn first_diverging(tensors: &[TensorVerdict]) -> Option<&str> {
     stage.or_else(|| tensors.iter().map(|tensor| tensor.name.as_str()).find(|name| failed(name)))
 }
 
+/// What errors are counted in: their bounds are so many times as large.
+pub(super) fn unit(dtype: Dtype) -> f64 {
+    SLACK * (dtype.unit_roundoff() + Dtype::F64.unit_roundoff())
+}
+
 pub(super) fn expected(file: &CaseFile, tolerance: Tolerance) -> Result<Expected> {
     let case = &file.case;
     let layer = registry::layer(&case.layer)?;
@@ -197,7 +202,7 @@ pub(super) fn expected(file: &CaseFile, tolerance: Tolerance) -> Result<Expected
         }
         let dtype = file.dtype(name);
         let mut rounding = || {
-            let unit = SLACK * (dtype.unit_roundoff() + Dtype::F64.unit_roundoff());
+            let unit = unit(dtype);
             let least = dtype.smallest_subnormal() / 2.0;
             let error = roundings.get_mut(&dtype).and_then(|of_dtype| of_dtype.remove(name));
             let mut error = error.expect("an error of every answer");

@@ -1,21 +1,22 @@
 //! The backward as far as it comes before the weight's: what is made of dy and of the outputs.
 
-use super::{Passes, square};
-use crate::operators::{Operator, channel_products, mix_adjoint_input, mix_into};
+use super::{Passes, square, stored};
+use crate::operators::{Operator, channel_products, mix_adjoint_input, mix_adjoint_weight};
 use crate::wora::passes::{column_sums, feature_products};
 use crate::wora::{Direction, Gradients, NormAxis};
-use ndarray::{Array1, Array3, Axis, CowArray, IxDyn, Zip};
+use ndarray::{Array1, Array2, Array3, Axis, CowArray, IxDyn, Zip};
 
 /// The backward, as far as it comes before the weight's.
 pub(super) struct Cotangent<'v> {
     /// How many outputs a unit has, and the chain of a sum over them.
     pub outputs: usize,
     pub chain: f64,
-    /// `[outer, units, inner]`
+    /// Of storing dy times a factor, by it: `[outer, units, inner]`
     pub dy_sq: Array3<f64>,
-    /// The sums of dy^2 P^2 and of dy^2 (Z^2 + B^2 U^2) over a unit's outputs: `[units]`
+    /// The sums of dy^2 P^2, of dy^2 Z^2 and of dy^2 B^2 U^2 over a unit's outputs: `[units]`
     pub p_terms: Array1<f64>,
     pub z_terms: Array1<f64>,
+    pub u_terms: Array1<f64>,
     /// T = H B, stored, the squares of its sums' terms, and its error: `[outer, rank, inner]`
     pub t: Array3<f64>,
     pub t_terms: Array3<f64>,
@@ -35,16 +36,17 @@ impl<'v> Cotangent<'v> {
         let (dy, groups) = (passes.dy(), layer.operator.groups());
         let outputs = dy.len_of(Axis(0)) * dy.len_of(Axis(2));
         let chain = passes.storage.of_sum(outputs);
-        let dy_sq = square(&dy);
+        let dy_sq = stored(&dy, passes.dy_tiny_sq);
         let mut squares = square(&cache.base_output);
         let p_terms = channel_products(dy_sq.view(), squares.view());
-        Zip::from(&mut squares).and(&passes.mixed).par_for_each(|square, &z| *square = z * z);
-        mix_into(squares.view_mut(), square(&layer.b()).view(), square(&cache.lora_output).view(), groups);
+        Zip::from(&mut squares).and(&passes.mixed).par_for_each(|square, &z| *square = z * z + passes.tiny_sq);
         let z_terms = channel_products(dy_sq.view(), squares.view());
+        let of_ranks = mix_adjoint_weight(dy_sq.view(), passes.u_sq.view(), groups);
+        let u_terms = (of_ranks * square(&layer.b())).sum_axis(Axis(1));
         let gained = &layer.b() * &passes.gain_out.view().insert_axis(Axis(1));
         let t = mix_adjoint_input(gained.view(), dy.view(), groups);
         let t_terms = mix_adjoint_input(square(&gained).view(), dy_sq.view(), groups);
-        let t_error = (&t_terms + &square(&t)) * passes.chain_of_inputs();
+        let t_error = (&t_terms + &stored(&t, passes.tiny_sq)) * passes.chain_of_inputs();
         let du = du(passes, values, &t);
 
         let norms = layer.base_sq.len();
@@ -54,7 +56,9 @@ impl<'v> Cotangent<'v> {
             dgain = &dm.expect("one an entry of m") * weight_norm; // E28
             let terms = match layer.config.norm_axis {
                 NormAxis::Output => {
-                    (&p_terms * (beta * beta) + &z_terms * (gamma * gamma)) * (chain + passes.chain_of_outputs())
+                    let (of_outputs, gamma_sq) = (passes.chain_of_outputs(), gamma * gamma);
+                    let products = &p_terms * (beta * beta) + &z_terms * gamma_sq;
+                    products * (chain + of_outputs) + &u_terms * (of_outputs * gamma_sq)
                 }
                 NormAxis::Input => {
                     let products = feature_products(cache, du.as_ref().expect("du").view());
@@ -64,7 +68,15 @@ impl<'v> Cotangent<'v> {
             dgain_error = terms; // E64
         }
         let fraction = layer.operator.gradient_fraction(&cache.x).map(Array1::from);
-        Self { outputs, chain, dy_sq, p_terms, z_terms, t, t_terms, t_error, du, dgain, dgain_error, fraction }
+        Self { outputs, chain, dy_sq, p_terms, z_terms, u_terms, t, t_terms, t_error, du, dgain, dgain_error, fraction }
+    }
+
+    /// What a lookup lets through of the squared errors of a gradient `[rows, fan_in]`.
+    pub fn let_through(&self, errors: Array2<f64>) -> Array2<f64> {
+        match &self.fraction {
+            Some(fraction) => errors * square(fraction),
+            None => errors,
+        }
     }
 }
 

@@ -143,7 +143,7 @@ impl LowRank {
         sums
     }
 
-    /// `op2(x~^2, W)` for the sum W of all three, their rows weighted, and `share B^2 U^2` beside, weighted as `B^2 A^2` is;
+    /// `op2(x~^2, W)` for the sum W of all three, their rows weighted, and `share B^2 u` beside, weighted as `B^2 A^2` is;
     /// that of `D^2` apart where it is as it is, and not weighted.
     pub fn outputs<P: Scalar>(
         &self,
@@ -155,7 +155,7 @@ impl LowRank {
         for (k, u) in u.axis_iter(Axis(1)).enumerate() {
             let rank = k / self.squares * self.b.ncols() + self.pairs + k % self.squares;
             let mut ranks = ranks.values.index_axis_mut(Axis(1), rank);
-            ranks.zip_mut_with(&u, |rank, u| *rank += P::from_f64(per_scale * u * u));
+            ranks.zip_mut_with(&u, |rank, u| *rank += P::from_f64(per_scale * u));
         }
         let mixed = mix((self.b.view(), self.pairs, self.squares), weights, &ranks, self.groups);
         (mixed, whole)

@@ -23,7 +23,7 @@ use cotangent::Cotangent;
 use low_rank::{Channels, LowRank, Mixed, Weights};
 use ndarray::{
     Array1, Array2, Array3, ArrayBase, ArrayD, ArrayView1, ArrayView3, ArrayViewD, Axis, CowArray, Data, Dimension,
-    Ix2, Ix3, RawData, Zip,
+    Ix2, Ix3, IxDyn, RawData, Zip,
 };
 use operands::{Operands, Scaled, Units};
 use row::Summed;
@@ -68,7 +68,7 @@ impl Storage {
     /// What the squares of a sum's terms are multiplied by: the sum's own rounding, and that of adding its terms up
     /// in a row, whose squared errors come to a quarter of the terms' squares for each.
     fn of_sum(self, terms: usize) -> f64 {
-        1.0 + self.chain.min(terms) as f64 / 4.0
+        1.0 + self.chain.min(terms.saturating_sub(1)) as f64 / 4.0
     }
 
     /// The same for a norm or a sum over all of an array.
@@ -125,13 +125,23 @@ impl<O: Operator> Layer<O, f64> {
     }
 }
 
+/// The least magnitude but 0 of these and 1.
+fn least<'f>(factors: impl Iterator<Item = &'f f64>) -> f64 {
+    factors.map(|factor| factor.abs()).filter(|factor| *factor > 0.0).fold(1.0, f64::min)
+}
+
 fn root<D: Dimension>(mut squares: ndarray::Array<f64, D>) -> ndarray::Array<f64, D> {
     squares.par_mapv_inplace(f64::sqrt);
     squares
 }
 
 fn square<S: Data<Elem = f64>, D: Dimension>(values: &ArrayBase<S, D>) -> ndarray::Array<f64, D> {
-    Zip::from(values).par_map_collect(|v| v * v)
+    stored(values, 0.0)
+}
+
+/// The squared errors of storing these.
+fn stored<S: Data<Elem = f64>, D: Dimension>(values: &ArrayBase<S, D>, tiny_sq: f64) -> ndarray::Array<f64, D> {
+    Zip::from(values).par_map_collect(|v| v * v + tiny_sq)
 }
 
 /// The same values in another shape: copied only where they lie in another order.
@@ -176,6 +186,8 @@ struct Passes<'a, 'x, O: Operator> {
     results: &'a Evaluation<f64>,
     storage: Storage,
     tiny_sq: f64,
+    /// What storing dy times a factor adds to its square, by that factor.
+    dy_tiny_sq: f64,
     beta: f64,
     /// `alpha s`
     gamma: f64,
@@ -186,6 +198,8 @@ struct Passes<'a, 'x, O: Operator> {
     squared: O,
     /// What sums over W' add up beside W0^2.
     low_rank: LowRank,
+    /// U^2, stored: `[outer, rank, inner]`
+    u_sq: Array3<f64>,
     /// Z = B U: `[outer, units, inner]`
     mixed: Array3<f64>,
     /// `[outer, units, inner]`
@@ -208,7 +222,10 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let or_ones = |gain: Option<ArrayView1<'_, f64>>, length| {
             gain.map_or_else(|| Array1::ones(length), |gain| gain.to_owned())
         };
-        let operator = &layer.operator;
+        let (operator, tiny_sq) = (&layer.operator, storage.smallest_normal.powi(2));
+        let (beta, gamma) = (layer.beta(), layer.alpha() * layer.scaling());
+        let gains = cache.direction.iter().flat_map(|direction| &direction.gain);
+        let least = least([beta, gamma].iter()) * least(gains);
         Self {
             layer,
             cache,
@@ -216,9 +233,11 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             storage,
             squared: operator.power(2),
             low_rank: LowRank::new(layer.a(), layer.b(), operator.groups()),
-            tiny_sq: storage.smallest_normal.powi(2),
-            beta: layer.beta(),
-            gamma: layer.alpha() * layer.scaling(),
+            u_sq: stored(&cache.lora_output, tiny_sq),
+            tiny_sq,
+            dy_tiny_sq: tiny_sq / least.powi(2),
+            beta,
+            gamma,
             gain_out: or_ones(gain_out, layer.operator.units()),
             gain_in: or_ones(gain_in, layer.operator.fan_in()),
             mixed,
@@ -231,10 +250,11 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
     fn errors<P: Scalar>(&self, cotangent: Option<&Cotangent>, block: usize) -> Option<Evaluation<f64>> {
         let (layer, results, cache, axis) = (self.layer, self.results, self.cache, self.layer.config.norm_axis);
         let dy = self.dy.as_ref().map(|dy| dy.view());
-        let operands = Operands::<O, P>::new(&layer.operator, layer.weight(), cache, dy)?;
+        let operands = Operands::<O, P>::new(&layer.operator, layer.weight(), cache, dy, self.dy_tiny_sq)?;
         let factors = layer.factors();
         let of_norm = self.storage.of_total(factors.base.ncols());
-        let rows = Rows::new(factors, cache.direction.as_ref(), [of_norm, self.chain_of_all()], self.tiny_sq);
+        let chains = [of_norm, self.chain_of_all(), self.chain_of_ranks()];
+        let rows = Rows::new(factors, cache.direction.as_ref(), chains, self.tiny_sq);
 
         // On the norms' side W0^2 alone is multiplied, and the sums by what rows have of their own.
         let mut squares = operands.weight_sq();
@@ -349,6 +369,14 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         }
     }
 
+    /// Whether `op(x, W0)` and its gradients may be computed apart from any gain: they are under a mask, and who adds a
+    /// correction to the base output rounds them before a small gain has made them small. E152
+    fn is_base_apart(&self) -> bool {
+        let is_small = |gain: &f64| gain * self.beta < 0.5;
+        let gains = self.cache.direction.as_ref().map(|direction| &direction.gain);
+        self.cache.dropped.is_some() || gains.is_some_and(|gains| gains.iter().any(is_small))
+    }
+
     /// How often W' is stored among what a sum adds up: in y once, and once more in dx, which reads it again.
     fn stored(&self, side: NormAxis) -> f64 {
         if side == NormAxis::Output { 1.0 } else { 2.0 }
@@ -361,10 +389,10 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let gain = self.cache.direction.as_ref().map(|direction| direction.gain.view());
         let g_sq = gain.map_or_else(|| Array1::ones(self.layer.base_sq.len()), |gain| square(&gain));
         let often = self.stored(axis) + self.chain_of_outputs();
-        let (gamma_sq, tiny_sq) = (self.gamma * self.gamma, self.tiny_sq);
+        let (gamma_sq, tiny_sq, of_ranks) = (self.gamma * self.gamma, self.tiny_sq, self.chain_of_ranks());
         let weights = Weights {
-            delta: &g_sq * (6.0 * often * gamma_sq),
-            terms: &g_sq * (often * gamma_sq),
+            delta: &g_sq * ((of_ranks + 5.0) * often * gamma_sq),
+            terms: &g_sq * (of_ranks * often * gamma_sq),
             ones: (&g_sq * (gamma_sq + 1.0) + 1.0) * (often * tiny_sq),
         };
         (g_sq * (5.0 * often * self.beta * self.beta), weights)
@@ -386,14 +414,24 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         if self.layer.config.norm_axis == NormAxis::Output { rows } else { rows.reversed_axes() }
     }
 
-    /// The chain of a sum over a unit's weights, as outputs are.
-    fn chain_of_outputs(&self) -> f64 {
-        self.storage.of_sum(self.layer.operator.fan_in())
+    /// How many terms an output adds up: a unit's weights, or its ranks.
+    fn terms_of_outputs(&self) -> usize {
+        self.layer.operator.fan_in().max(self.layer.b().ncols())
     }
 
-    /// The chain of a sum over units, as gradients of inputs are.
+    /// The chain of such a sum.
+    fn chain_of_outputs(&self) -> f64 {
+        self.storage.of_sum(self.terms_of_outputs())
+    }
+
+    /// The chain of a sum over units, as gradients of inputs are, or over ranks.
     fn chain_of_inputs(&self) -> f64 {
-        self.storage.of_sum(self.layer.operator.units())
+        self.storage.of_sum(self.layer.operator.units().max(self.layer.a().nrows()))
+    }
+
+    /// The chain of a sum over the ranks that a unit has.
+    fn chain_of_ranks(&self) -> f64 {
+        self.storage.of_sum(self.layer.b().ncols())
     }
 
     /// The chain of a sum over all of the weight.
@@ -414,19 +452,20 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         operands: &Operands<'_, O, P>,
     ) -> ArrayD<f64> {
         let Self { layer, beta, gamma, tiny_sq, .. } = *self;
-        let (p, u, chain) = (&self.cache.base_output, &self.cache.lora_output, self.chain_of_outputs());
+        let (p, chain) = (&self.cache.base_output, self.chain_of_outputs());
         let groups = layer.operator.groups();
         let units = p.len_of(Axis(1));
         let ((of_base, of_delta), (mixed, whole), shared) = match channels {
             Some(channels) => {
                 let (of_base, weights) = self.of_squares();
-                let share = chain / (self.stored(NormAxis::Output) + chain);
-                let mixed = self.low_rank.outputs(channels, &weights, (u.view(), share));
+                let of_ranks = self.chain_of_ranks();
+                let share = chain / ((self.stored(NormAxis::Output) + chain) * of_ranks);
+                let mixed = self.low_rank.outputs(channels, &weights, (self.u_sq.view(), share));
                 ((of_base, weights.delta), mixed, gain_error.clone())
             }
             None => {
                 let gained_sq = square(&(&layer.b() * &(&self.gain_out * gamma).insert_axis(Axis(1))));
-                let u_error = Scaled::<Array3<P>>::of((square(u) * chain).view());
+                let u_error = Scaled::<Array3<P>>::of((&self.u_sq * chain).view());
                 let as_it_is = || Array1::ones(units);
                 let weights = Weights { delta: as_it_is(), terms: as_it_is(), ones: as_it_is() };
                 let mixed = low_rank::mix((gained_sq.view(), 0, gained_sq.ncols()), &weights, &u_error, groups);
@@ -462,8 +501,8 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             let of_units = (of_delta * scale).insert_axis(Axis(1));
             error += &(values.mapv(Scalar::as_f64) * of_units);
         }
-        if self.cache.dropped.is_some() {
-            error += &operands.outputs_of_both(chain);
+        if self.is_base_apart() {
+            error += &operands.outputs_of_both(chain); // E152
         }
         error.into_shape_with_order(self.results.y.shape()).expect("as many as y")
     }
@@ -479,28 +518,26 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
     ) -> Option<Gradients<f64>> {
         let Self { layer, gamma, tiny_sq, .. } = *self;
         let (operator, adapter) = (&layer.operator, &values.adapter);
-        let Cotangent { chain, dy_sq, t, t_terms, t_error, p_terms, z_terms, .. } = cotangent;
+        let Cotangent { chain, dy_sq, t, t_terms, t_error, p_terms, z_terms, u_terms, .. } = cotangent;
         let (of_outputs, gain_sq) = (self.chain_of_outputs(), square(&self.gain_out));
         let of_all = self.chain_of_all();
-        let [of_unit, of_weight] = [cotangent.outputs, operator.fan_in()].map(|terms| self.storage.of_total(terms));
+        let [of_unit, of_weight] =
+            [cotangent.outputs, self.terms_of_outputs()].map(|terms| self.storage.of_total(terms));
         let in_a_row = of_unit + of_weight + 1.0;
+        let of_ranks = of_weight * gain_sq.dot(u_terms);
         let scale = |error: f64, terms: &Array1<f64>, factor: f64, value: &ArrayD<f64>| {
             let error = error + in_a_row * gain_sq.dot(terms);
             value.mapv(|value| factor * factor * error + (1.0 + of_all) * value * value + tiny_sq) // E68
         };
         let [lora_a, lora_b] = self.pair(rows, errors, t);
-        let (a_sq, u_sq) = (square(&(&layer.a() * &self.gain_in)), square(&self.cache.lora_output));
+        let a_sq = square(&(&layer.a() * &self.gain_in));
         let u_terms = operands.outputs(&operands.narrowed(a_sq.view())?);
-        let of_u = u_sq * (chain + of_outputs + 1.0) + u_terms.widened() * *chain;
+        let of_u = &self.u_sq * (chain + of_outputs + 1.0) + u_terms.widened() * *chain;
         let of_u = mix_adjoint_weight(dy_sq.view(), of_u.view(), operator.groups());
         let lora_b = lora_b + of_u * gain_sq.view().insert_axis(Axis(1)); // E69
         let of_t = t_error * (chain + 2.0) + t_terms * *chain;
         let of_t = operands.terms_of(&operands.narrowed(of_t.view())?);
-        let mut of_t = of_t.widened() * square(&self.gain_in);
-        if let Some(fraction) = &cotangent.fraction {
-            of_t *= &square(fraction);
-        }
-        let lora_a = lora_a + of_t; // E70
+        let lora_a = lora_a + cotangent.let_through(of_t.widened() * square(&self.gain_in)); // E70
         let pair = |error: Array2<f64>, value: &ArrayD<f64>| {
             let error = in_standard_layout(error * (gamma * gamma));
             let error = error.into_shape_with_order(value.shape()).expect("as many as the gradient");
@@ -525,7 +562,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
                 lora_a: pair(lora_a, &adapter.lora_a),
                 lora_b: pair(lora_b, &adapter.lora_b),
                 magnitude,
-                alpha: alpha.map(|value| scale(errors.alpha, z_terms, layer.scaling(), value)),
+                alpha: alpha.map(|value| scale(errors.alpha + of_ranks, z_terms, layer.scaling(), value)),
                 beta: beta.map(|value| scale(errors.beta, p_terms, 1.0, value)),
             },
         })
@@ -544,16 +581,15 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let mut terms = operands.terms_of_dmerged() * chain;
         terms *= &square(&self.gain_out).insert_axis(Axis(1));
         terms *= &square(&self.gain_in);
-        if let Some(fraction) = &cotangent.fraction {
-            terms *= &square(fraction);
-        }
-        let mut error = layer.operator.stored_weight(terms + self.as_weight(dweighted));
+        let error = cotangent.let_through(terms) + self.as_weight(dweighted);
+        let mut error = layer.operator.stored_weight(error);
         let beta_sq = beta * beta;
         Zip::from(&mut error).and(dweight).par_for_each(|error, &value| {
             *error = beta_sq * *error + 2.0 * value * value + tiny_sq; // E71
         });
-        if self.cache.dropped.is_some() {
-            error += &layer.operator.stored_weight(operands.dmerged_of_both(chain)); // E71
+        if self.is_base_apart() {
+            let apart = cotangent.let_through(operands.dmerged_of_both(chain));
+            error += &layer.operator.stored_weight(apart); // E152
         }
         error
     }
@@ -610,19 +646,22 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let by_column = layer.config.norm_axis == NormAxis::Input;
         let du: CowArray<'_, _, _> = if by_column { (du * &self.gain_in).into() } else { du.into() };
         let own = |dx: f64| (chain + 1.0) * dx * dx + tiny_sq;
-        let is_masked = self.cache.dropped.is_some();
+        let is_apart = self.is_base_apart();
         let parts = Zip::from(&mut error).and(&sums.values).and(&du).and(&lora).and(dx);
         parts.par_for_each(|error, sum, &du, &lora, &dx| {
             *error += of_sums * sum.as_f64() + (du - lora).powi(2) + lora * lora;
-            *error += if is_masked { 0.0 } else { own(dx) };
+            *error += if is_apart { 0.0 } else { own(dx) };
         });
         if by_column && self.cache.direction.is_some() {
             error += &(du.mapv(|du| du * du) * gain_error);
         }
-        if let Some((mask, _)) = &self.cache.dropped {
-            let kept = operands.inputs_of_both(chain);
-            ndarray::azip!((error in &mut error, &kept in &kept, &mask in mask, &dx in dx) {
-                *error = mask * mask * (*error + kept) + 2.0 * kept + own(dx);
+        if is_apart {
+            let apart = operands.inputs_of_both(chain);
+            let none = ArrayD::ones(IxDyn(&[]));
+            let mask = self.cache.dropped.as_ref().map_or(&none, |(mask, _)| mask);
+            let mask = mask.broadcast(error.raw_dim()).expect("in the shape of x, or a number");
+            ndarray::azip!((error in &mut error, &apart in &apart, &mask in mask, &dx in dx) {
+                *error = mask * mask * (*error + apart) + 2.0 * apart + own(dx); // E152
             });
         }
         error

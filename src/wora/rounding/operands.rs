@@ -103,13 +103,13 @@ pub(super) struct Operands<'a, O: Operator, P: Scalar> {
 }
 
 impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
-    /// `dy` in the shape of P, `[outer, units, inner]`. `None` where products of squares, of x, of dy and of W0, would not
-    /// keep their digits in P.
+    /// `dy` in the shape of P, `[outer, units, inner]`, whose squares are larger by `dy_tiny_sq`. `None` where products of squares, of x, of dy and of W0, would not keep their digits in P.
     pub fn new(
         operator: &O,
         weight: ArrayView2<'a, f64>,
         cache: &Cache<'_, O, f64>,
         dy: Option<ArrayView3<'_, f64>>,
+        dy_tiny_sq: f64,
     ) -> Option<Self> {
         let inputs = [Some(cache.adapted_input()), cache.dropped.as_ref().map(|_| &cache.x)];
         let inputs: Vec<_> = inputs.into_iter().flatten().collect();
@@ -124,14 +124,14 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
         let of = |x: &O::Input<'_, f64>| match x.values() {
             None => Squared { values: ids(x), squares: ids(x) },
             Some(x) => {
-                let Squared { values, squares } = squared(x, x_scale);
+                let Squared { values, squares } = squared(x, x_scale, 0.0);
                 let input = |values| O::Input::from_values(values).expect("values");
                 Squared { values: input(values), squares: input(squares) }
             }
         };
         let with_units = |values: ArrayD<P>| values.into_dimensionality::<Ix3>().expect("[outer, units, inner]");
         let dy = dy.map(|dy| {
-            let Squared { values, squares } = squared(dy.into_dyn(), dy_scale);
+            let Squared { values, squares } = squared(dy.into_dyn(), dy_scale, dy_tiny_sq);
             Squared { values: with_units(values), squares: with_units(squares) }
         });
         Some(Self {
@@ -302,10 +302,11 @@ fn widened<P: Scalar, D: Dimension>(values: &Array<P, D>, scale: f64) -> Array<f
     Zip::from(values).par_map_collect(|value| value.as_f64() * scale)
 }
 
-fn squared<P: Scalar>(values: ArrayViewD<'_, f64>, scale: f64) -> Squared<ArrayD<P>> {
+fn squared<P: Scalar>(values: ArrayViewD<'_, f64>, scale: f64, tiny_sq: f64) -> Squared<ArrayD<P>> {
     let per_scale = 1.0 / scale;
+    let tiny_sq = tiny_sq * per_scale * per_scale;
     Squared {
         values: Zip::from(&values).par_map_collect(|value| P::from_f64(value * per_scale)),
-        squares: Zip::from(&values).par_map_collect(|value| P::from_f64((value * per_scale).powi(2))),
+        squares: Zip::from(&values).par_map_collect(|value| P::from_f64((value * per_scale).powi(2) + tiny_sq)),
     }
 }

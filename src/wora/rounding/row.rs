@@ -51,12 +51,13 @@ pub(super) struct Delta<'a> {
     pub terms: &'a [f64],
 }
 
-/// What V is made by, and `t^2`.
+/// What V is made by, the chain of a sum over ranks, and `t^2`.
 #[derive(Clone, Copy)]
 pub(super) struct Mixing {
     /// `alpha s`
     pub gamma: f64,
     pub beta: f64,
+    pub rank_chain: f64,
     pub tiny_sq: f64,
 }
 
@@ -80,8 +81,8 @@ pub(super) struct Direct {
     pub of_base: f64,
 }
 
-/// A row's g and k with the squares of their errors, g's relative, and the chains of sums over outputs and over all of the
-/// weight.
+/// A row's g and k with the squares of their errors, g's relative, and the chains of sums over outputs, over all of the
+/// weight and over ranks.
 #[derive(Clone, Copy)]
 pub(super) struct Backward {
     pub gain: f64,
@@ -90,6 +91,7 @@ pub(super) struct Backward {
     pub k_error: f64,
     pub chain: f64,
     pub total_chain: f64,
+    pub rank_chain: f64,
     pub tiny_sq: f64,
 }
 
@@ -161,14 +163,14 @@ impl Backward {
     #[inline(always)]
     fn direct(self, x: f64) -> f64 {
         let (g_sq, x_sq) = (self.gain * self.gain, x * x);
-        g_sq * (self.chain * x_sq + self.tiny_sq + (self.gain_error + 1.0) * x_sq) // E62, E63
+        g_sq * (self.chain * x_sq + self.tiny_sq + (self.gain_error + 1.0) * x_sq) + self.tiny_sq // E62, E63
     }
 
     /// What comes by way of the norm.
     #[inline(always)]
     fn through(self, v: f64, v_error: f64) -> f64 {
         let k_sq = self.k * self.k;
-        k_sq * v_error + (self.k_error + k_sq) * v * v // E67
+        k_sq * v_error + (self.k_error + k_sq) * v * v + self.tiny_sq // E67
     }
 }
 
@@ -196,7 +198,7 @@ fn stages(
     weighted: &mut [f64],
     weighted_error: &mut [f64],
 ) -> Lanes<3> {
-    let Mixing { gamma, beta, tiny_sq } = mixing;
+    let Mixing { gamma, beta, rank_chain, tiny_sq } = mixing;
     let (gamma_sq, beta_sq) = (gamma * gamma, beta * beta);
     let mut sums = [[0.0; LANES]; 3];
     let inputs = lanes(base).iter().zip(lanes(delta.values)).zip(lanes(delta.terms));
@@ -204,7 +206,7 @@ fn stages(
     for (((base, delta), terms), (weighted, error)) in inputs.zip(results) {
         for l in 0..LANES {
             let (w, d) = (base[l], delta[l]);
-            let delta_error = terms[l] + d * d + tiny_sq; // E55
+            let delta_error = rank_chain * (terms[l] + d * d) + tiny_sq; // E55
             let v = gamma * d + beta * w;
             let v_error = gamma_sq * (delta_error + d * d) + beta_sq * w * w + v * v + tiny_sq; // E56
             (weighted[l], error[l]) = (v, v_error);
@@ -264,7 +266,7 @@ fn backward(
     for ((((x, v), v_error), ((delta, terms), base)), error) in gradient.zip(parts).zip(lanes_mut(dweighted_error)) {
         for l in 0..LANES {
             let (delta_sq, base_sq) = (delta[l] * delta[l], base[l] * base[l]);
-            let delta_error = terms[l] + delta_sq + of.tiny_sq; // E55
+            let delta_error = of.rank_chain * (terms[l] + delta_sq) + of.tiny_sq; // E55
             let dv = of.gain * x[l] + of.k * v[l];
             let (dv_sq, dv_error) = (dv * dv, of.direct(x[l]) + of.through(v[l], v_error[l]));
             error[l] = dv_error;

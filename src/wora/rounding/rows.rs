@@ -26,9 +26,10 @@ pub(super) struct Rows<'a> {
     right_sq: Array2<f64>,
     /// `None` for LoRA.
     direction: Option<&'a Direction<f64>>,
-    /// Of a sum over a row, and over all rows
+    /// Of a sum over a row, over all rows, and over the ranks that a unit has
     chain: f64,
     total_chain: f64,
+    rank_chain: f64,
     /// `t^2`
     tiny_sq: f64,
 }
@@ -168,15 +169,15 @@ impl Few {
 }
 
 impl<'a> Rows<'a> {
-    /// The chains of a sum over a row and over all rows; `tiny_sq` is `t^2`.
+    /// The chains of a sum over a row, over all rows and over ranks; `tiny_sq` is `t^2`.
     pub fn new(
         factors: Factors<'a, f64>,
         direction: Option<&'a Direction<f64>>,
-        [chain, total_chain]: [f64; 2],
+        [chain, total_chain, rank_chain]: [f64; 3],
         tiny_sq: f64,
     ) -> Self {
         let (left_sq, right_sq) = (factors.left.mapv(|l| l * l), factors.right.mapv(|r| r * r));
-        Self { factors, left_sq, right_sq, direction, chain, total_chain, tiny_sq }
+        Self { factors, left_sq, right_sq, direction, chain, total_chain, rank_chain, tiny_sq }
     }
 
     /// How many of so many rows a thread takes at a time.
@@ -215,7 +216,7 @@ impl<'a> Rows<'a> {
     /// The stages of one of them, `nth` among them.
     fn set(&self, few: &mut Few, nth: usize, row: &mut Row) -> Stages {
         let Factors { base, alpha, scaling, beta, .. } = self.factors;
-        let mixing = Mixing { gamma: alpha * scaling, beta, tiny_sq: self.tiny_sq };
+        let mixing = Mixing { gamma: alpha * scaling, beta, rank_chain: self.rank_chain, tiny_sq: self.tiny_sq };
         row.i = few.rows.start + nth;
         row.set(mixing, base.row(row.i), few.row(nth).0)
     }
@@ -330,7 +331,8 @@ impl<'a> Rows<'a> {
         let [magnitude, k, k_error] = self.through_norm(i, of, errors.norm[at], direct.apart + chain * of_weighted);
         (errors.magnitude[at], errors.norm_weight[at]) = (magnitude, k_error);
         let (gain, gain_error) = (self.gain(i), errors.gain[at]);
-        let of_row = row::Backward { gain, gain_error, k, k_error, chain, total_chain: self.total_chain, tiny_sq };
+        let (total_chain, rank_chain) = (self.total_chain, self.rank_chain);
+        let of_row = row::Backward { gain, gain_error, k, k_error, chain, total_chain, rank_chain, tiny_sq };
         let [of_delta, of_base] = row.backward(of_row, delta, dweighted_error);
         if let Some(fraction) = of.fraction {
             row.looked_up_error(of_row, fraction.view(), contiguous(&mut few.looked_up_error, nth));
@@ -349,14 +351,15 @@ impl<'a> Rows<'a> {
         if n == 0.0 {
             return [self.tiny_sq, 0.0, 0.0];
         }
-        let c_error = apart + c * c + of.dgain_error[i]; // E64
+        let c_error = apart + c * c + self.tiny_sq + of.dgain_error[i]; // E64
         let magnitude = (c_error + (norm_error + 2.0) * c * c) / (n * n) + self.tiny_sq; // E65
         if of.norm_gradient == NormGradient::Detached {
             return [magnitude, 0.0, 0.0];
         }
-        let per_c = -direction.gain[i] / (n * norm);
+        let per_dm = -direction.gain[i] / norm;
+        let (per_c, tiny_sq) = (per_dm / n, self.tiny_sq * (per_dm * per_dm + 1.0));
         let k = per_c * c;
-        [magnitude, k, per_c * per_c * c_error + 3.0 * k * k * (norm_error + 1.0)] // E66
+        [magnitude, k, per_c * per_c * c_error + 3.0 * k * k * (norm_error + 1.0) + tiny_sq] // E66
     }
 
     /// What a few rows add to the errors of the low-rank factors.

@@ -103,7 +103,8 @@ fn squares_of_low_rank<O: Operator>(operator: O, x: &[usize], rank: usize, axis:
     let (y, cache) = layer.forward(x, None).expect("y");
     let dy = draw(y.shape());
     let dy = in_shape(dy.view(), cache.base_output.dim());
-    let operands = Operands::<O, f64>::new(&layer.operator, layer.weight(), &cache, Some(dy.view())).expect("operands");
+    let operands =
+        Operands::<O, f64>::new(&layer.operator, layer.weight(), &cache, Some(dy.view()), 0.0).expect("operands");
     let (a, b, in_group) = (layer.a(), layer.b(), units / groups);
     let sum = |of: &dyn Fn(f64) -> f64, (i, j): (usize, usize)| -> f64 {
         (0..b.ncols()).map(|k| of(b[[i, k]] * a[[i / in_group * b.ncols() + k, j]])).sum()
@@ -134,7 +135,7 @@ fn squares_of_low_rank<O: Operator>(operator: O, x: &[usize], rank: usize, axis:
         return;
     }
     let u = &cache.lora_output;
-    let (Mixed { sums, scales }, apart) = low_rank.outputs(channels, &weights, (u.view(), 0.7));
+    let (Mixed { sums, scales }, apart) = low_rank.outputs(channels, &weights, (square(u).view(), 0.7));
     let mut sums = sums * scales.insert_axis(Axis(1));
     if let Some(Scaled { values, scale }) = apart {
         sums += &(values * scale * of_delta);
