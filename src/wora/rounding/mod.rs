@@ -5,6 +5,7 @@
 //! made of them, and the one that stores V, W' and dW'. Errors are in unit roundoffs of the type stored in; every
 //! `*_error` holds squares of them.
 
+mod base;
 mod cotangent;
 mod low_rank;
 mod operands;
@@ -19,6 +20,7 @@ use crate::operators::{
     Input, Operator, channel_products, channel_sums, in_standard_layout, mix_adjoint_weight, mix_into,
 };
 use crate::wora::passes::column_sums;
+use base::Base;
 use cotangent::Cotangent;
 use low_rank::{Channels, LowRank, Mixed, Weights};
 use ndarray::{
@@ -125,6 +127,16 @@ impl<O: Operator> Layer<O, f64> {
     }
 }
 
+/// How many terms an output adds up: a unit's weights, or its ranks.
+fn terms_of_outputs<O: Operator>(layer: &Layer<O, f64>) -> usize {
+    layer.operator.fan_in().max(layer.b().ncols())
+}
+
+/// How many the gradient of an input: units, or ranks.
+fn terms_of_inputs<O: Operator>(layer: &Layer<O, f64>) -> usize {
+    layer.operator.units().max(layer.a().nrows())
+}
+
 /// The least magnitude but 0 of these and 1.
 fn least<'f>(factors: impl Iterator<Item = &'f f64>) -> f64 {
     factors.map(|factor| factor.abs()).filter(|factor| *factor > 0.0).fold(1.0, f64::min)
@@ -196,6 +208,7 @@ struct Passes<'a, 'x, O: Operator> {
     gain_in: Array1<f64>,
     /// The operator with every factor squared.
     squared: O,
+    base: Base,
     /// What sums over W' add up beside W0^2.
     low_rank: LowRank,
     /// U^2, stored: `[outer, rank, inner]`
@@ -223,6 +236,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             gain.map_or_else(|| Array1::ones(length), |gain| gain.to_owned())
         };
         let (operator, tiny_sq) = (&layer.operator, storage.smallest_normal.powi(2));
+        let chains = [terms_of_outputs(layer), terms_of_inputs(layer)].map(|terms| storage.of_sum(terms));
         let (beta, gamma) = (layer.beta(), layer.alpha() * layer.scaling());
         let gains = cache.direction.iter().flat_map(|direction| &direction.gain);
         let least = least([beta, gamma].iter()) * least(gains);
@@ -232,6 +246,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             results,
             storage,
             squared: operator.power(2),
+            base: Base::new(layer, cache, chains),
             low_rank: LowRank::new(layer.a(), layer.b(), operator.groups()),
             u_sq: stored(&cache.lora_output, tiny_sq),
             tiny_sq,
@@ -272,6 +287,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let summed = Summed {
             stored: self.stored(if axis == NormAxis::Output { NormAxis::Input } else { NormAxis::Output }),
             chain: self.chain_of_outputs(),
+            apart: if let Base::Summed(of) = &self.base { Some(&of.gradient * 3.0) } else { None },
         };
         let sums = cotangent.and(by_norm.as_ref()).zip(channels.as_ref());
         let terms = sums.map(|(of_base, channels)| self.terms(of_base, channels, &operands));
@@ -292,7 +308,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             });
             let of_units = elements.slice_axis_mut(Axis(0), range.clone().into());
             let magnitudes =
-                rows.add(range.clone(), of_rows.as_ref(), &mut errors, weights.rows(&range), (of_units, summed));
+                rows.add(range.clone(), of_rows.as_ref(), &mut errors, weights.rows(&range), (of_units, &summed));
             if !operands.fit(magnitudes) {
                 return None;
             }
@@ -369,14 +385,6 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         }
     }
 
-    /// Whether `op(x, W0)` and its gradients may be computed apart from any gain: they are under a mask, and who adds a
-    /// correction to the base output rounds them before a small gain has made them small. E152
-    fn is_base_apart(&self) -> bool {
-        let is_small = |gain: &f64| gain * self.beta < 0.5;
-        let gains = self.cache.direction.as_ref().map(|direction| &direction.gain);
-        self.cache.dropped.is_some() || gains.is_some_and(|gains| gains.iter().any(is_small))
-    }
-
     /// How often W' is stored among what a sum adds up: in y once, and once more in dx, which reads it again.
     fn stored(&self, side: NormAxis) -> f64 {
         if side == NormAxis::Output { 1.0 } else { 2.0 }
@@ -414,19 +422,14 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         if self.layer.config.norm_axis == NormAxis::Output { rows } else { rows.reversed_axes() }
     }
 
-    /// How many terms an output adds up: a unit's weights, or its ranks.
-    fn terms_of_outputs(&self) -> usize {
-        self.layer.operator.fan_in().max(self.layer.b().ncols())
-    }
-
-    /// The chain of such a sum.
+    /// The chain of a sum over a unit's weights, as outputs are.
     fn chain_of_outputs(&self) -> f64 {
-        self.storage.of_sum(self.terms_of_outputs())
+        self.storage.of_sum(terms_of_outputs(self.layer))
     }
 
-    /// The chain of a sum over units, as gradients of inputs are, or over ranks.
+    /// The chain of a sum over units, as gradients of inputs are.
     fn chain_of_inputs(&self) -> f64 {
-        self.storage.of_sum(self.layer.operator.units().max(self.layer.a().nrows()))
+        self.storage.of_sum(terms_of_inputs(self.layer))
     }
 
     /// The chain of a sum over the ranks that a unit has.
@@ -474,13 +477,14 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         };
         let Mixed { sums: mixed, scales } = mixed;
         let bias = layer.base.bias.as_ref();
+        let apart = if let Base::Summed(of) = &self.base { [of.output, 1.0] } else { [0.0; 2] }; // E152
         let y = self.results.y.view().into_shape_with_order(p.dim()).expect("as many as P");
         let of_unit = |i: usize| {
             let (base, lora, shared) = (self.gain_out[i] * beta, self.gain_out[i] * gamma, shared[i]);
             OfUnit {
-                sums: of_base[i] * sums.scale,
+                sums: (of_base[i] + apart[0]) * sums.scale,
                 mixed: scales[i],
-                base_sq: 1.0 + (1.0 + shared) * base * base,
+                base_sq: 1.0 + apart[1] + (1.0 + shared) * base * base,
                 both: 2.0 * shared * base * lora,
                 lora_sq: (2.0 + shared) * lora * lora,
                 y_sq: chain,
@@ -501,7 +505,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             let of_units = (of_delta * scale).insert_axis(Axis(1));
             error += &(values.mapv(Scalar::as_f64) * of_units);
         }
-        if self.is_base_apart() {
+        if matches!(self.base, Base::Apart) {
             error += &operands.outputs_of_both(chain); // E152
         }
         error.into_shape_with_order(self.results.y.shape()).expect("as many as y")
@@ -522,7 +526,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let (of_outputs, gain_sq) = (self.chain_of_outputs(), square(&self.gain_out));
         let of_all = self.chain_of_all();
         let [of_unit, of_weight] =
-            [cotangent.outputs, self.terms_of_outputs()].map(|terms| self.storage.of_total(terms));
+            [cotangent.outputs, terms_of_outputs(layer)].map(|terms| self.storage.of_total(terms));
         let in_a_row = of_unit + of_weight + 1.0;
         let of_ranks = of_weight * gain_sq.dot(u_terms);
         let scale = |error: f64, terms: &Array1<f64>, factor: f64, value: &ArrayD<f64>| {
@@ -587,7 +591,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         Zip::from(&mut error).and(dweight).par_for_each(|error, &value| {
             *error = beta_sq * *error + 2.0 * value * value + tiny_sq; // E71
         });
-        if self.is_base_apart() {
+        if !matches!(self.base, Base::Gained) {
             let apart = cotangent.let_through(operands.dmerged_of_both(chain));
             error += &layer.operator.stored_weight(apart); // E152
         }
@@ -646,23 +650,35 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let by_column = layer.config.norm_axis == NormAxis::Input;
         let du: CowArray<'_, _, _> = if by_column { (du * &self.gain_in).into() } else { du.into() };
         let own = |dx: f64| (chain + 1.0) * dx * dx + tiny_sq;
-        let is_apart = self.is_base_apart();
+        let is_apart = matches!(self.base, Base::Apart);
+        let per_gain = if let Base::Summed(of) = &self.base { of.per_gain } else { None };
+        let of_gained = 1.0 + 6.0 * per_gain.map_or(0.0, |per_gain| per_gain * per_gain); // E152
         let parts = Zip::from(&mut error).and(&sums.values).and(&du).and(&lora).and(dx);
         parts.par_for_each(|error, sum, &du, &lora, &dx| {
-            *error += of_sums * sum.as_f64() + (du - lora).powi(2) + lora * lora;
+            *error += of_sums * sum.as_f64() + of_gained * (du - lora).powi(2) + lora * lora;
             *error += if is_apart { 0.0 } else { own(dx) };
         });
         if by_column && self.cache.direction.is_some() {
             error += &(du.mapv(|du| du * du) * gain_error);
         }
-        if is_apart {
-            let apart = operands.inputs_of_both(chain);
-            let none = ArrayD::ones(IxDyn(&[]));
-            let mask = self.cache.dropped.as_ref().map_or(&none, |(mask, _)| mask);
-            let mask = mask.broadcast(error.raw_dim()).expect("in the shape of x, or a number");
-            ndarray::azip!((error in &mut error, &apart in &apart, &mask in mask, &dx in dx) {
-                *error = mask * mask * (*error + apart) + 2.0 * apart + own(dx); // E152
-            });
+        match &self.base {
+            Base::Gained => {}
+            Base::Summed(of) if of.per_gain.is_some() => {}
+            Base::Summed(_) => {
+                let Scaled { values, scale } = operands.base_gradient();
+                Zip::from(&mut error).and(&values).par_for_each(|error, whole| {
+                    *error += 3.0 * (scale * whole.as_f64()).powi(2); // E152
+                });
+            }
+            Base::Apart => {
+                let apart = operands.inputs_of_both(chain);
+                let none = ArrayD::ones(IxDyn(&[]));
+                let mask = self.cache.dropped.as_ref().map_or(&none, |(mask, _)| mask);
+                let mask = mask.broadcast(error.raw_dim()).expect("in the shape of x, or a number");
+                ndarray::azip!((error in &mut error, &apart in &apart, &mask in mask, &dx in dx) {
+                    *error = mask * mask * (*error + apart) + 2.0 * apart + own(dx); // E152
+                });
+            }
         }
         error
     }

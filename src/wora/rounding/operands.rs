@@ -208,14 +208,22 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
 
     /// `l op2*(dy^2, W0^2) + op*(dy, W0)^2`, in the shape of x.
     pub fn inputs_of_both(&self, chain: f64) -> ArrayD<f64> {
-        let (dy, x, weight, weight_sq) = (self.dy(), &self.inputs[0], self.weight(), self.weight_sq());
+        let (dy, x, weight_sq) = (self.dy(), &self.inputs[0], self.weight_sq());
         let terms = self.squared.adjoint_input(&x.squares, &[(dy.squares.view(), weight_sq.values.view())]);
-        let whole = self.operator.adjoint_input(&x.values, &[(dy.values.view(), weight.view())]);
-        chained(&terms.expect("values"), &whole.expect("values"), chain, self.dy_scale * self.weight_scale)
+        let Scaled { values: whole, scale } = self.base_gradient();
+        chained(&terms.expect("values"), &whole, chain, scale)
+    }
+
+    /// `op*(dy, W0)`, in the shape of x.
+    pub fn base_gradient(&self) -> Scaled<ArrayD<P>> {
+        let (dy, weight) = (self.dy().values.view(), self.weight());
+        let values = self.operator.adjoint_input(&self.inputs[0].values, &[(dy, weight.view())]).expect("values");
+        Scaled { values, scale: self.dy_scale * self.weight_scale }
     }
 
     fn weight(&self) -> Array2<P> {
-        self.weight.mapv(|w| P::from_f64(w / self.weight_scale))
+        let per_scale = 1.0 / self.weight_scale;
+        Zip::from(self.weight).par_map_collect(|w| P::from_f64(w * per_scale))
     }
 
     /// `X = op*(x~, dy)` for some units: `[units, fan_in]`

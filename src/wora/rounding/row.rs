@@ -4,7 +4,7 @@
 use crate::Scalar;
 use crate::simd::contiguous;
 use multiversion::multiversion;
-use ndarray::ArrayView1;
+use ndarray::{Array1, ArrayView1};
 
 /// Sums kept beside each other. Rows end in zeros that fill the last of them, and add nothing to any sum.
 const LANES: usize = 8;
@@ -37,11 +37,12 @@ pub(super) struct Row {
     scratch: Vec<f64>,
 }
 
-/// What a sum adds up of W': how often it is stored, V's parts apart once more, each with its chain.
-#[derive(Clone, Copy)]
+/// What a sum adds up of W': how often it is stored, V's parts apart once more, each with its chain, and where W0 is in it
+/// apart from gains, by how much row by row.
 pub(super) struct Summed {
     pub stored: f64,
     pub chain: f64,
+    pub apart: Option<Array1<f64>>,
 }
 
 /// D and `sum_k left^2 right^2`, as long as [`padded`] says.
@@ -122,9 +123,15 @@ impl Row {
     }
 
     /// What a sum over a row of W' adds up, without `t^2`.
-    pub fn terms(&mut self, gain: f64, gain_error: f64, summed: Summed) -> &[f64] {
-        terms(gain * gain, gain_error, summed, &self.weighted, &self.weighted_error, &mut self.scratch);
-        &self.scratch[..self.columns]
+    pub fn terms(&mut self, gain: f64, gain_error: f64, summed: &Summed) -> &[f64] {
+        let Self { i, base, weighted, weighted_error, scratch, columns, .. } = self;
+        let &Summed { stored, chain, ref apart } = summed;
+        let g_sq = gain * gain;
+        let of_error = g_sq * (stored + chain);
+        let of_square = g_sq * (stored * (gain_error + 1.0) + chain);
+        let of_base = apart.as_ref().map_or(0.0, |apart| apart[*i]);
+        terms([of_error, of_square, of_base], weighted_error, weighted, base, scratch);
+        &scratch[..*columns]
     }
 
     /// X, from what it is to be multiplied by.
@@ -219,11 +226,15 @@ fn stages(
 }
 
 #[multiversion(targets("x86_64+avx2"))]
-fn terms(g_sq: f64, gain_error: f64, summed: Summed, weighted: &[f64], weighted_error: &[f64], terms: &mut [f64]) {
-    let Summed { stored, chain } = summed;
-    let (of_error, of_square) = (g_sq * (stored + chain), g_sq * (stored * (gain_error + 1.0) + chain));
-    for ((terms, &v), &error) in terms.iter_mut().zip(weighted).zip(weighted_error) {
-        *terms = of_error * error + of_square * v * v; // E59, E60
+fn terms(
+    [of_error, of_square, of_base]: [f64; 3],
+    weighted_error: &[f64],
+    weighted: &[f64],
+    base: &[f64],
+    terms: &mut [f64],
+) {
+    for (((terms, &error), &v), &w) in terms.iter_mut().zip(weighted_error).zip(weighted).zip(base) {
+        *terms = of_error * error + of_square * v * v + of_base * w * w; // E59, E60, E152
     }
 }
 

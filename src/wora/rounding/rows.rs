@@ -247,7 +247,7 @@ impl<'a> Rows<'a> {
         backward: Option<&Backward<'_, P>>,
         errors: &mut RowErrors,
         weights: WeightErrors<ArrayViewMut2<'_, f64>>,
-        (mut terms, summed): (ArrayViewMut2<'_, P>, Summed),
+        (mut terms, summed): (ArrayViewMut2<'_, P>, &Summed),
     ) -> Magnitudes {
         let (columns, chunk) = (self.factors.base.ncols(), self.chunk(rows.len()));
         let WeightErrors { mut weighted, mut merged, mut dweighted } = weights;

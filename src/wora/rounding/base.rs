@@ -1,0 +1,54 @@
+//! The base output and its gradients, which may be rounded apart from any gain: by who adds a correction to them.
+//! SPEC.md, section 8.5, E152.
+
+use crate::operators::Operator;
+use crate::wora::{Cache, Layer, NormAxis};
+use ndarray::Array1;
+
+/// Below this a gain times beta makes small what the base output is not.
+const SMALL: f64 = 0.5;
+/// What gains leave of the squares of `op*(dy, W0)` when what they have in common is taken out may be such a part of them,
+/// and is then taken for as random as rounding errors are.
+const RANDOM: f64 = 1.0 / 8.0;
+
+/// Where the errors of the base output are counted.
+pub(super) enum Base {
+    /// Among those of W', whose gains make none of it small.
+    Gained,
+    /// Among what is added up of W0^2 anyway.
+    Summed(Summed),
+    /// By themselves.
+    Apart,
+}
+
+/// What is added up of W0^2 for the base output, and for its gradient.
+pub(super) struct Summed {
+    /// In y
+    pub output: f64,
+    /// In dx, unit by unit
+    pub gradient: Array1<f64>,
+    /// What `op*(g dy, beta W0)` is to be multiplied by to come to `op*(dy, W0)`, where gains have so much in common.
+    pub per_gain: Option<f64>,
+}
+
+impl Base {
+    pub fn new<O: Operator>(layer: &Layer<O, f64>, cache: &Cache<'_, O, f64>, chains: [f64; 2]) -> Self {
+        let Some(direction) = cache.direction.as_ref().filter(|_| cache.dropped.is_none()) else {
+            return if cache.dropped.is_some() { Self::Apart } else { Self::Gained };
+        };
+        let gains = &direction.gain * layer.beta();
+        if gains.iter().all(|gain| *gain >= SMALL) {
+            return Self::Gained;
+        }
+        if layer.config.norm_axis == NormAxis::Input {
+            return Self::Apart;
+        }
+        let squares = gains.dot(&gains);
+        let per_gain = if squares > 0.0 { gains.sum() / squares } else { 0.0 };
+        let rest = gains.mapv(|gain| (1.0 - per_gain * gain).powi(2));
+        let is_random = rest.sum() <= RANDOM * gains.len() as f64;
+        let [output, chain] = chains;
+        let gradient = if is_random { rest * 2.0 + chain } else { Array1::from_elem(gains.len(), chain) };
+        Self::Summed(Summed { output, gradient, per_gain: is_random.then_some(per_gain) })
+    }
+}
