@@ -97,7 +97,10 @@ fn every_mistake_is_named_first_or_tied_with_what_cannot_be_told_from_it() {
 fn answers_that_are_hardly_off_are_nobodys_mistake() {
     let small = |spec: &&Spec| !spec.name.contains("large") && spec.twist != Twist::Exact;
     let cases = LAYERS.iter().flat_map(|layer| layer.specs().iter().filter(small).map(move |spec| (*layer, spec)));
-    let blamed = cases.step_by(11).flat_map(|(layer, spec)| {
+    // Gradients whose terms cancel are smaller than anything that a mistake makes of them.
+    let cancels = |spec: &Spec| ["linear-one-feature-full", "linear-beta-0-full"].contains(&spec.name);
+    let some = cases.enumerate().filter(|(nth, (_, spec))| nth % 11 == 0 || cancels(spec));
+    let blamed = some.flat_map(|(_, (layer, spec))| {
         let mut case = CaseFile::rounded(layer.draw(spec, SEED), Dtype::F32).case;
         case.extend(layer.define(&case).expect("answers"));
         let (_, errors) = layer.expect(&case, &[Dtype::F32.storage()]).expect("errors");

@@ -84,6 +84,11 @@ impl Misfit {
         let part = if self.largest <= 1.0 { EXPLAINS_WITHIN } else { EXPLAINS };
         self.largest < unexplained.largest && self.largest <= part * unexplained.largest
     }
+
+    /// Whether so much is left in y alone that gradients need not be looked at.
+    fn dismisses(self, unexplained: Self) -> bool {
+        self.largest > 1.0 && !self.explains(unexplained)
+    }
 }
 
 /// What can be said of a case that fails.
@@ -259,11 +264,6 @@ impl<'a> Evidence<'a> {
     fn weigh_output(&self, forward: &Formula, spoiling: &Spoiling<'_>) -> Result<Option<Misfit>> {
         Ok(spoiling.value(forward)?.map(|y| self.weigh(&Tensors::from([("y".into(), y)]))))
     }
-
-    /// Whether y alone leaves so much of the error that gradients need not be looked at.
-    fn is_dismissed_by(&self, output: Misfit) -> bool {
-        output.largest > 1.0 && !output.explains(self.unexplained)
-    }
 }
 
 /// Whether an answer is y or a gradient, and no intermediate.
@@ -276,7 +276,7 @@ fn singles(evidence: &Evidence<'_>, spoiling: &Spoiling<'_>, at_a_time: usize) -
     let known: Vec<&Mistake> = of_layer(&spoiling.case.layer).collect();
     let mut candidates = vec![];
     // About half of all mistakes are changes of these, which two threads would find at the same time.
-    if evidence.weigh_output(&RIGHT, spoiling)?.is_some_and(|left| !evidence.is_dismissed_by(left)) {
+    if evidence.weigh_output(&RIGHT, spoiling)?.is_some_and(|left| !left.dismisses(evidence.unexplained)) {
         spoiling.evaluate(&RIGHT)?;
     }
     for some in known.chunks(at_a_time) {
@@ -304,7 +304,7 @@ fn candidate(
 ) -> Result<Option<Candidate>> {
     let Some(forward) = forward(mistakes) else { return Ok(None) };
     let Some(mut misfit) = evidence.weigh_output(&forward, spoiling)? else { return Ok(None) };
-    if !evidence.is_dismissed_by(misfit) {
+    if !misfit.dismisses(evidence.unexplained) {
         let Some(theirs) = results(mistakes, spoiling)? else { return Ok(None) };
         misfit = evidence.weigh(&theirs);
     }
@@ -345,9 +345,12 @@ fn ranked(mut candidates: Vec<Candidate>, unexplained: Misfit) -> Vec<Candidate>
 mod tests {
     use super::*;
 
+    fn misfit(error: f64) -> Misfit {
+        Misfit { largest: error, typical: error }
+    }
+
     /// How many are told of these, of which the largest and the typical error over its bound are left.
     fn told(left: &[f64], unexplained: f64) -> usize {
-        let misfit = |error: f64| Misfit { largest: error, typical: error };
         let candidate = |&left: &f64| Candidate {
             id: String::new(),
             ids: vec!["one"],
@@ -372,5 +375,11 @@ mod tests {
         assert_eq!([told(&[4.0], 100.0), told(&[3.0], 100.0)], [0, 1]);
         assert_eq!([told(&[0.9], 0.9), told(&[0.6], 0.9), told(&[0.2], 0.9)], [0, 0, 1]);
         assert_eq!([told(&[0.0], 0.0), told(&[f64::MAX], f64::MAX)], [0, 0]);
+    }
+
+    #[test]
+    fn an_output_within_its_bounds_dismisses_nothing() {
+        let dismisses = |output: f64, unexplained: f64| misfit(output).dismisses(misfit(unexplained));
+        assert_eq!([dismisses(0.9, 1.2), dismisses(1.1, 1.2), dismisses(1.1, 100.0)], [false, true, false]);
     }
 }
