@@ -319,6 +319,16 @@ impl<O: Operator> Stored<'_, O> {
 /// A case whose inputs are numbers of the type, answered by an implementation that stores everything in it; one of the
 /// drawn inputs is multiplied by a number.
 fn answered(spec: &Spec, layer: usize, (seed, (input, factor)): Drawn, dtype: Dtype, way: Way) -> CaseFile {
+    let mut case = LAYERS[layer].draw(spec, seed);
+    let ends_so = |(name, _): &(&String, &mut Tensor)| name.ends_with(input);
+    if let Some((_, Tensor::Float(values))) = case.tensors.iter_mut().find(ends_so) {
+        *values = values.mapv(|value| value * factor).into();
+    }
+    with_answers(case, dtype, way)
+}
+
+/// The same of a case at hand.
+fn with_answers(case: Case, dtype: Dtype, way: Way) -> CaseFile {
     fn run<O: Operator>(case: &Case, dtype: Dtype, way: Way) -> Tensors {
         let weight = case.values("base.weight").expect("W0").shape();
         let operator = O::from_weight_shape(case.settings().expect("settings"), weight).expect("an operator");
@@ -330,14 +340,8 @@ fn answered(spec: &Spec, layer: usize, (seed, (input, factor)): Drawn, dtype: Dt
         let config = case.settings().expect("a config");
         Stored::<O> { case, dtype, operator, config, x, mask }.run(way)
     }
-    let subject = LAYERS[layer];
-    let mut case = subject.draw(spec, seed);
-    let ends_so = |(name, _): &(&String, &mut Tensor)| name.ends_with(input);
-    if let Some((_, Tensor::Float(values))) = case.tensors.iter_mut().find(ends_so) {
-        *values = values.mapv(|value| value * factor).into();
-    }
     let mut case = CaseFile::rounded(case, dtype).case;
-    let results = match subject.name() {
+    let results = match case.layer.as_str() {
         "linear" => run::<Linear>(&case, dtype, way),
         "embedding" => run::<Embedding>(&case, dtype, way),
         "conv1d" => run::<Conv1d>(&case, dtype, way),
@@ -596,26 +600,52 @@ fn bounds_are_right_where_f32_has_not_the_range() {
     }
 }
 
-#[test]
-fn sums_in_any_order_are_accepted_in_f64() {
+/// A linear layer without bias of so many tokens, inputs, outputs and ranks, of numbers from `least` to 1.
+fn linear(
+    seed: u64,
+    [tokens, inputs, outputs, rank]: [usize; 4],
+    least: f64,
+    magnitude: impl Fn(usize) -> f64,
+) -> Case {
     let linear = LAYERS[0];
     let spec = linear.specs().iter().find(|spec| spec.name == "linear-plain").expect("a case");
+    let mut rng = Pcg64::seed_from_u64(seed);
+    let mut draw = |shape: &[usize]| ArrayD::from_shape_simple_fn(shape, || rng.random_range(least..1.0));
+    let mut case = linear.draw(spec, seed);
+    case.tensors.remove("base.bias");
+    case.extend(Tensors::from([
+        ("x".to_string(), draw(&[tokens, inputs])),
+        ("base.weight".into(), draw(&[outputs, inputs])),
+        ("lora_A".into(), draw(&[rank, inputs])),
+        ("lora_B".into(), draw(&[outputs, rank])),
+        ("lora_magnitude_vector".into(), Array1::from_shape_fn(outputs, magnitude).into_dyn()),
+        ("grad.y".into(), draw(&[tokens, outputs])),
+    ]));
+    case
+}
+
+/// E152: a gradient of the base output that is far larger than its terms are apart, of gains alike and of both signs.
+#[test]
+fn small_gains_of_sums_that_do_not_cancel_are_accepted() {
+    let alike = |unit: usize| 0.2 + 0.01 * (unit % 5) as f64;
+    let of_both_signs = |unit: usize| if unit.is_multiple_of(2) { 0.2 } else { -0.2 };
+    for (which, magnitude) in [("alike", &alike as &dyn Fn(usize) -> f64), ("of both signs", &of_both_signs)] {
+        for (dtype, way) in Dtype::ALL.into_iter().flat_map(|dtype| Way::ALL.map(|way| (dtype, way))) {
+            let case = linear(1, [4, 8, 2048, 2], 0.5, magnitude);
+            for tensor in verify(&with_answers(case, dtype, way), Tolerance::default()).expect("verdicts") {
+                let place = format!("{which}, {dtype} {way:?} {}", tensor.name);
+                assert_eq!(tensor.verdict, Verdict::Pass, "{place}: {:.2}", tensor.error_over_bound);
+            }
+        }
+    }
+}
+
+#[test]
+fn sums_in_any_order_are_accepted_in_f64() {
     for (seed, rank) in (0..8).zip([8, 64, 256].into_iter().cycle()) {
-        let mut rng = Pcg64::seed_from_u64(seed);
-        let mut draw = |shape: &[usize]| ArrayD::from_shape_simple_fn(shape, || rng.random_range(-1.0..1.0));
-        let mut case = linear.draw(spec, seed);
-        let (outputs, inputs, tokens) = (256, 192, 64);
-        case.tensors.remove("base.bias");
-        case.extend(Tensors::from([
-            ("x".to_string(), draw(&[tokens, inputs])),
-            ("base.weight".into(), draw(&[outputs, inputs])),
-            ("lora_A".into(), draw(&[rank, inputs])),
-            ("lora_B".into(), draw(&[outputs, rank])),
-            ("lora_magnitude_vector".into(), draw(&[outputs]) + 2.0),
-            ("grad.y".into(), draw(&[tokens, outputs])),
-        ]));
+        let mut case = linear(seed, [64, 192, 256, rank], -1.0, |_| 2.0);
         // The definition adds up one by one, the production path in blocks and by lanes: both are judged.
-        case.extend(linear.evaluate(&case, Precision::F64).expect("answers"));
+        case.extend(LAYERS[0].evaluate(&case, Precision::F64).expect("answers"));
         for tensor in verify(&CaseFile::new(case, Dtype::F64), Tolerance::default()).expect("verdicts") {
             let place = format!("seed {seed}, rank {rank}, {}", tensor.name);
             assert_eq!(tensor.verdict, Verdict::Pass, "{place}: {:e}", tensor.error_over_bound);
