@@ -624,7 +624,7 @@ fn linear(
     case
 }
 
-/// E152: a gradient of the base output that is far larger than its terms are apart, of gains alike and of both signs.
+/// E152, E153: a gradient of the base output that is far larger than its terms are apart, of gains alike and of both signs.
 #[test]
 fn small_gains_of_sums_that_do_not_cancel_are_accepted() {
     let alike = |unit: usize| 0.2 + 0.01 * (unit % 5) as f64;

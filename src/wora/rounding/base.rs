@@ -27,14 +27,17 @@ pub(super) struct Summed {
     pub output: f64,
     /// In dx, unit by unit
     pub gradient: Array1<f64>,
-    /// What `op*(g dy, beta W0)` is to be multiplied by to come to `op*(dy, W0)`, where gains have so much in common.
+    /// What `op*(g dy, beta W0)` is to be multiplied by to come near `op*(dy, W0)`, where gains have so much in common. E153
     pub per_gain: Option<f64>,
 }
 
 impl Base {
-    pub fn new<O: Operator>(layer: &Layer<O, f64>, cache: &Cache<'_, O, f64>, chains: [f64; 2]) -> Self {
-        let Some(direction) = cache.direction.as_ref().filter(|_| cache.dropped.is_none()) else {
-            return if cache.dropped.is_some() { Self::Apart } else { Self::Gained };
+    /// The chains of a sum over a unit's weights and of one over units.
+    pub fn new<O: Operator>(layer: &Layer<O, f64>, cache: &Cache<'_, O, f64>, [output, chain]: [f64; 2]) -> Self {
+        let direction = match (&cache.dropped, &cache.direction) {
+            (Some(_), _) => return Self::Apart,
+            (None, None) => return Self::Gained,
+            (None, Some(direction)) => direction,
         };
         let gains = &direction.gain * layer.beta();
         if gains.iter().all(|gain| *gain >= SMALL) {
@@ -47,8 +50,7 @@ impl Base {
         let per_gain = if squares > 0.0 { gains.sum() / squares } else { 0.0 };
         let rest = gains.mapv(|gain| (1.0 - per_gain * gain).powi(2));
         let is_random = rest.sum() <= RANDOM * gains.len() as f64;
-        let [output, chain] = chains;
-        let gradient = if is_random { rest * 2.0 + chain } else { Array1::from_elem(gains.len(), chain) };
+        let gradient = if is_random { rest * 2.0 + chain } else { Array1::from_elem(gains.len(), chain) }; // E153
         Self::Summed(Summed { output, gradient, per_gain: is_random.then_some(per_gain) })
     }
 }

@@ -652,7 +652,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let own = |dx: f64| (chain + 1.0) * dx * dx + tiny_sq;
         let is_apart = matches!(self.base, Base::Apart);
         let per_gain = if let Base::Summed(of) = &self.base { of.per_gain } else { None };
-        let of_gained = 1.0 + 6.0 * per_gain.map_or(0.0, |per_gain| per_gain * per_gain); // E152
+        let of_gained = 1.0 + 6.0 * per_gain.map_or(0.0, |per_gain| per_gain * per_gain); // E153
         let parts = Zip::from(&mut error).and(&sums.values).and(&du).and(&lora).and(dx);
         parts.par_for_each(|error, sum, &du, &lora, &dx| {
             *error += of_sums * sum.as_f64() + of_gained * (du - lora).powi(2) + lora * lora;
