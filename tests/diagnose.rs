@@ -124,6 +124,22 @@ fn answers_that_are_hardly_off_are_nobodys_mistake() {
     assert!(blamed.is_empty(), "{}", blamed.join("\n"));
 }
 
+/// Nor is an intermediate that is wrong beside right results.
+#[test]
+fn an_intermediate_that_is_wrong_alone_is_nobodys_mistake() {
+    let small = |spec: &&Spec| !spec.name.contains("large") && spec.config.has_norm();
+    let cases = LAYERS.iter().flat_map(|layer| layer.specs().iter().filter(small).map(move |spec| (*layer, spec)));
+    for (layer, spec) in cases.step_by(7) {
+        let mut case = layer.draw(spec, SEED);
+        case.extend(layer.define(&case).expect("answers"));
+        let Some(Tensor::Float(gain)) = case.tensors.get_mut("gain") else { panic!("{}", spec.name) };
+        *gain = gain.mapv(|gain| 2.0 * gain).into();
+        let diagnosis = diagnose(&CaseFile::new(case, Dtype::F64)).expect("a diagnosis");
+        assert_eq!(diagnosis.first_diverging.as_deref(), Some("gain"), "{}", spec.name);
+        assert!(diagnosis.candidates.is_empty(), "{}: {}", spec.name, diagnosis.candidates[0].id);
+    }
+}
+
 #[test]
 fn two_mistakes_at_once_are_named_together() {
     let pairs = [

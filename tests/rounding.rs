@@ -640,6 +640,19 @@ fn small_gains_of_sums_that_do_not_cancel_are_accepted() {
     }
 }
 
+/// Where ranks are more than features, B A may be far smaller than what it adds up: its norm is taken of the row then.
+#[test]
+fn pairs_that_cancel_over_their_ranks_are_accepted() {
+    for (seed, way) in (0..6).flat_map(|seed| Way::ALL.map(|way| (seed, way))) {
+        let mut case = linear(seed, [8, 1, 300, 64], -1.0, |_| 2.0);
+        case.extend(Tensors::from([("lora_wora_beta".to_string(), ArrayD::from_elem(vec![], 0.02))]));
+        for tensor in verify(&with_answers(case, Dtype::F64, way), Tolerance::default()).expect("verdicts") {
+            let place = format!("seed {seed} {way:?} {}", tensor.name);
+            assert_eq!(tensor.verdict, Verdict::Pass, "{place}: {:.2}", tensor.error_over_bound);
+        }
+    }
+}
+
 #[test]
 fn sums_in_any_order_are_accepted_in_f64() {
     for (seed, rank) in (0..8).zip([8, 64, 256].into_iter().cycle()) {

@@ -157,6 +157,11 @@ fn explain(file: &CaseFile, expected: &Expected, tensors: &[TensorVerdict]) -> R
         ));
         return Ok(Diagnosis { first_diverging, facts, too_large: true, ..Diagnosis::default() });
     }
+    // Right results were computed by no mistake, whatever is recorded beside them.
+    let mut of_results = tensors.iter().filter(|tensor| is_result(&tensor.name)).peekable();
+    if of_results.peek().is_some() && of_results.all(|tensor| tensor.verdict == Verdict::Pass) {
+        return Ok(Diagnosis { first_diverging, facts, ..Diagnosis::default() });
+    }
     let right = right(subject, &file.case)?;
     let candidates = with_mistakes(subject, &file.case, &right, |spoiling| {
         let evidence = Evidence::new(file, expected);

@@ -143,9 +143,14 @@ impl<T: Scalar> Direction<T> {
     pub(crate) fn new(factors: &Factors<'_, T>, magnitude: ArrayView1<'_, T>, config: &Config) -> Result<Self> {
         let (rows, rank) = factors.left.dim();
         let (mut cross, mut mixed) = (Array2::zeros((rows, rank)), Array2::zeros((rows, rank)));
+        let mut delta_terms = Array1::zeros(rows);
         for q in 0..factors.groups {
             let (f, range) = factors.group(q);
             let gram = product(f.right, f.right.t());
+            let of_ranks = |left: ArrayView1<'_, T>| {
+                left.iter().zip(gram.diag()).fold(T::zero(), |sum, (&l, &a_sq)| sum + l * l * a_sq)
+            };
+            delta_terms.slice_axis_mut(Axis(0), range).assign(&f.left.map_axis(Axis(1), of_ranks));
             product_into(T::one(), f.base, f.right.t(), Accumulate::Replace, cross.slice_axis_mut(Axis(0), range));
             product_into(T::one(), f.left, gram.view(), Accumulate::Replace, mixed.slice_axis_mut(Axis(0), range));
         }
@@ -155,14 +160,14 @@ impl<T: Scalar> Direction<T> {
         let (beta, gamma) = (factors.beta, factors.alpha * factors.scaling);
         let two = T::one() + T::one();
         let threshold = T::from_f64(CANCELLATION);
-        let factored: Array1<Option<T>> = Zip::from(factors.base_sq).and(&base_delta).and(&delta_sq).map_collect(
-            |&base_sq, &base_delta, &delta_sq| {
-                let terms = [beta * beta * base_sq, two * beta * gamma * base_delta, gamma * gamma * delta_sq];
-                let sum = terms[0] + terms[1] + terms[2]; // E14
-                let trusted = sum.is_normal() && sum >= threshold * (terms[0].abs() + terms[1].abs() + terms[2].abs());
-                trusted.then(|| sum.sqrt())
-            },
-        );
+        let squares = Zip::from(factors.base_sq).and(&base_delta).and(&delta_sq).and(&delta_terms);
+        let factored: Array1<Option<T>> = squares.map_collect(|&base_sq, &base_delta, &delta_sq, &delta_terms| {
+            let terms = [beta * beta * base_sq, two * beta * gamma * base_delta, gamma * gamma * delta_sq];
+            let sum = terms[0] + terms[1] + terms[2]; // E14
+            let of_delta = terms[2].abs().max(gamma * gamma * delta_terms);
+            let trusted = sum.is_normal() && sum >= threshold * (terms[0].abs() + terms[1].abs() + of_delta);
+            trusted.then(|| sum.sqrt())
+        });
         let direct = factored.iter().filter(|norm| norm.is_none()).count();
         let one = |(i, norm): (usize, &Option<T>)| norm.unwrap_or_else(|| factors.norm_of_row(i));
         let norm: Vec<T> = if 2 * direct * factors.base.ncols() * (rank + 1) >= PARALLEL_FLOPS {
