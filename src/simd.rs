@@ -62,6 +62,38 @@ pub(crate) fn add_products<T: Scalar>(a: &[T], b: &[T], into: &mut [T]) {
     }
 }
 
+/// Adds to three sums each what `a_j^2`, `a_j^2 b_j^2` and `a_j^2 c_j^2` are with so much added to the three squares, of
+/// as many as all have.
+#[multiversion(targets("x86_64+avx2"))]
+pub(crate) fn add_square_products<T: Scalar>([a, b, c]: [&[T]; 3], added: [T; 3], into: [&mut [T]; 3]) {
+    let [of_a, of_b, of_c] = into;
+    let sums = of_a.iter_mut().zip(of_b).zip(of_c);
+    for (((&a, &b), &c), ((of_a, of_b), of_c)) in a.iter().zip(b).zip(c).zip(sums) {
+        let a_sq = a * a + added[0];
+        *of_a += a_sq;
+        *of_b += a_sq * (b * b + added[1]);
+        *of_c += a_sq * (c * c + added[2]);
+    }
+}
+
+/// The sums over j of what [`add_square_products`] adds.
+#[multiversion(targets("x86_64+avx2"))]
+pub(crate) fn square_products<T: Scalar>([a, b, c]: [&[T]; 3], added: [T; 3]) -> [T; 3] {
+    let mut sums = [[T::zero(); LANES]; 3];
+    let mut with = |a: &[T], b: &[T], c: &[T]| {
+        for (l, ((&a, &b), &c)) in a.iter().zip(b).zip(c).enumerate() {
+            let a_sq = a * a + added[0];
+            sums[0][l] += a_sq;
+            sums[1][l] += a_sq * (b * b + added[1]);
+            sums[2][l] += a_sq * (c * c + added[2]);
+        }
+    };
+    let [(a, a_rest), (b, b_rest), (c, c_rest)] = [a, b, c].map(|values| values.as_chunks::<LANES>());
+    a.iter().zip(b).zip(c).for_each(|((a, b), c)| with(a, b, c));
+    with(a_rest, b_rest, c_rest);
+    sums.map(|lanes| lanes.into_iter().fold(T::zero(), |all, sum| all + sum))
+}
+
 /// `into_j += scale from_j`, of as many as both have.
 #[multiversion(targets("x86_64+avx2"))]
 pub(crate) fn add_scaled<T: Scalar>(scale: T, from: &[T], into: &mut [T]) {
@@ -82,6 +114,24 @@ pub(crate) fn all_finite<T: Scalar>(values: &[T]) -> bool {
         }
     }
     sums.iter().all(|sum| sum.is_finite()) && rest.iter().all(|value| value.is_finite())
+}
+
+/// `into_j = (scale values_j)^2`, of as many as both have; returns the squares' [`magnitudes`].
+#[multiversion(targets("x86_64+avx2"))]
+pub(crate) fn squares<T: Scalar>(values: &[f64], scale: f64, into: &mut [T]) -> [f64; 2] {
+    let (mut least, mut most) = ([f64::INFINITY; LANES], [0.0; LANES]);
+    let mut with = |values: &[f64], into: &mut [T]| {
+        for (((value, into), least), most) in values.iter().zip(into).zip(&mut least).zip(&mut most) {
+            let square = (value * scale) * (value * scale);
+            *least = if square > 0.0 && square < *least { square } else { *least };
+            *most = if square > *most { square } else { *most };
+            *into = T::from_f64(square);
+        }
+    };
+    let ((values, rest), (into, into_rest)) = (values.as_chunks::<LANES>(), into.as_chunks_mut::<LANES>());
+    values.iter().zip(into).for_each(|(values, into)| with(values, into));
+    with(rest, into_rest);
+    [least.into_iter().fold(f64::INFINITY, f64::min), most.into_iter().fold(0.0, f64::max)]
 }
 
 /// The smallest magnitude but 0, infinite where there is none, and the largest.

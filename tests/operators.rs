@@ -192,6 +192,9 @@ proptest! {
         let y = conv.apply(&input, &[matrix]).swap_remove(0);
         let dy: Array3<f64> = random(y.shape(), rng).into_dimensionality().unwrap();
         let dx = conv.adjoint_input(&input, &[(dy.view(), matrix)]).expect("values");
+        let mut twice = dx.clone();
+        conv.add_adjoint_input(&input, &[(dy.view(), matrix)], twice.view_mut());
+        prop_assert!(twice.iter().zip(&dx).all(|(twice, dx)| *twice == 2.0 * dx));
         let (xs, dys) = (x.as_slice().unwrap(), dy.as_slice().unwrap());
         let (mut ys, mut dxs) = (vec![0.0; y.len()], vec![0.0; x.len()]);
         conv.terms(&input, |term| {
@@ -316,6 +319,22 @@ fn some_units_of_a_linear_layer_read_what_all_do() {
     assert_eq!(linear.of_units(3), Some(Linear { out_features: 3, ..linear }));
     let conv = Conv1d::from_weight_shape(ConvSettings::default(), &[4, 2, 3]).expect("a convolution");
     assert_eq!(conv.of_units(2), None, "a convolution's units are looked at together");
+
+    let rng = &mut Pcg64::seed_from_u64(3);
+    let (x, weight, dy) = (random(&[5, 4], rng), random(&[4, 7], rng), random(&[5, 7, 1], rng));
+    let (x, weight) = (CowArray::from(x), linear.weight_matrix(weight.view()));
+    let dy: Array3<f64> = dy.into_dimensionality().expect("[outer, units, inner]");
+    let (mut y, mut dx) = (Array3::<f64>::zeros((5, 7, 1)), ArrayD::<f64>::zeros(x.shape()));
+    for units in [0..3, 3..6, 6..7] {
+        let some = linear.of_units(units.len()).expect("some units");
+        let weight = weight.slice_axis(Axis(0), units.clone().into());
+        some.apply_into(&x, &[weight], vec![y.slice_axis_mut(Axis(1), units.clone().into())]);
+        let dy = dy.slice_axis(Axis(1), units.into());
+        some.add_adjoint_input(&x, &[(dy, weight)], dx.view_mut());
+    }
+    let all = linear.adjoint_input(&x, &[(dy.view(), weight)]).expect("values");
+    assert!((y - linear.apply(&x, &[weight]).swap_remove(0)).iter().all(|off| off.abs() < 1e-14));
+    assert!((dx - all).iter().all(|off| off.abs() < 1e-14));
 }
 
 /// C10.

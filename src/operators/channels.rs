@@ -6,7 +6,7 @@
 
 use super::group_slice;
 use crate::Scalar;
-use crate::matmul::{Accumulate, product_into_on_this_thread, run_tasks};
+use crate::matmul::{Accumulate, product_into, product_into_on_this_thread, run_tasks};
 use crate::simd::{self, contiguous};
 use ndarray::{
     Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, Slice, Zip,
@@ -23,6 +23,18 @@ const PARTS: usize = 16;
 /// Outer and inner positions of a block.
 fn block(inner: usize) -> [usize; 2] {
     if inner == 1 { [BLOCK[0], 1] } else { [1, BLOCK[1]] }
+}
+
+/// How a product of two matrices is computed: by all threads, or by the calling one where blocks are spread over them.
+type Multiply<T> = fn(T, ArrayView2<'_, T>, ArrayView2<'_, T>, Accumulate, ArrayViewMut2<'_, T>);
+
+/// Where there are more ranks than this, products of all blocks are computed as one where they can be: each of theirs
+/// would put the pair in order anew.
+const MANY: usize = 64;
+
+/// Whether a product of the pair with all of these needs no blocks.
+fn is_one_product<T>(a: &ArrayView3<'_, T>, ranks: usize, groups: usize) -> bool {
+    ranks > MANY && groups == 1 && (a.len_of(Axis(0)) == 1 || a.len_of(Axis(2)) == 1)
 }
 
 fn blocks<T>(a: ArrayView3<'_, T>) -> impl Iterator<Item = ArrayView3<'_, T>> {
@@ -115,14 +127,17 @@ pub(crate) fn scale_and_mix_into<T: Scalar>(
     let blocks = blocks_mut(y).zip(blocks(p)).zip(blocks(u));
     for_each(p.len(), blocks, |((mut y, p), u)| {
         scale_block(y.view_mut(), p, scale, shift);
-        mix_block(y, b, u, groups);
+        mix_block(y, b, u, groups, product_into_on_this_thread);
     });
 }
 
 /// `y += mix(b, u)`: see [`scale_and_mix_into`]. E5.
 pub(crate) fn mix_into<T: Scalar>(y: ArrayViewMut3<'_, T>, b: ArrayView2<'_, T>, u: ArrayView3<'_, T>, groups: usize) {
-    let elements = y.len();
-    for_each(elements, blocks_mut(y).zip(blocks(u)), |(y, u)| mix_block(y, b, u, groups));
+    if is_one_product(&u, b.ncols(), groups) {
+        return mix_block(y, b, u, groups, product_into);
+    }
+    let mix = |(y, u)| mix_block(y, b, u, groups, product_into_on_this_thread);
+    for_each(y.len(), blocks_mut(y).zip(blocks(u)), mix);
 }
 
 /// `sum over o, q of a[o, i, q] b[o, i, q]` for every channel i: `[units]`.
@@ -130,6 +145,35 @@ pub(crate) fn channel_products<T: Scalar>(a: ArrayView3<'_, T>, b: ArrayView3<'_
     let zero = || Array1::zeros(a.len_of(Axis(1)));
     let add = |_: &mut (), sums: &mut Array1<T>, (a, b)| add_products(sums, a, b);
     sum(a.len(), blocks(a).zip(blocks(b)), || (), zero, add, |sums, part| *sums += &part)
+}
+
+/// Values, and what is added to their squares.
+type Squared<'a, T> = (ArrayView3<'a, T>, T);
+
+/// The sums of `a^2`, of `a^2 b^2` and of `a^2 c^2` over o and q for every channel i, with what each is given added to
+/// its squares: `[units]`.
+pub(crate) fn channel_square_products<T: Scalar>(
+    (a, a_added): Squared<'_, T>,
+    [(b, b_added), (c, c_added)]: [Squared<'_, T>; 2],
+) -> [Array1<T>; 3] {
+    let added = [a_added, b_added, c_added];
+    let zero = || [0; 3].map(|_| Array1::zeros(a.len_of(Axis(1))));
+    let add = |_: &mut (), sums: &mut [Array1<T>; 3], ((a, b), c)| {
+        let (_, in_rows) = channel_axis(&a);
+        let [a, b, c] = [a, b, c].map(matrix);
+        let [of_a, of_b, of_c] = sums.each_mut().map(|sums| sums.as_slice_mut().expect("standard layout"));
+        for (i, ((a, b), c)) in a.outer_iter().zip(b.outer_iter()).zip(c.outer_iter()).enumerate() {
+            let (a, b, c) = (contiguous(a), contiguous(b), contiguous(c));
+            if in_rows {
+                simd::add_square_products([&a, &b, &c], added, [of_a, of_b, of_c]);
+            } else {
+                let [a, b, c] = simd::square_products([&a, &b, &c], added);
+                (of_a[i], of_b[i], of_c[i]) = (of_a[i] + a, of_b[i] + b, of_c[i] + c);
+            }
+        }
+    };
+    let join = |sums: &mut [Array1<T>; 3], part| sums.iter_mut().zip(&part).for_each(|(sums, part)| *sums += part);
+    sum(a.len(), blocks(a).zip(blocks(b)).zip(blocks(c)), || (), zero, add, join)
 }
 
 /// `sum over o, q of a[o, i, q]` for every channel i: `[units]`.
@@ -172,8 +216,8 @@ pub(crate) fn contract<T: Scalar>(
     let add =
         |_: &mut (), (products, weight): &mut (Array1<T>, Array2<T>), ((u, dy), p): ((ArrayViewMut3<'_, T>, _), _)| {
             add_products(products, dy, p);
-            add_mix_adjoint_weight(weight.view_mut(), dy, u.view(), groups);
-            mix_adjoint_input_block(u, b, dy, groups);
+            add_mix_adjoint_weight(weight.view_mut(), dy, u.view(), groups, product_into_on_this_thread);
+            mix_adjoint_input_block(u, b, dy, groups, product_into_on_this_thread);
         };
     let (products, weight) = sum(
         dy.len(),
@@ -193,15 +237,26 @@ pub(crate) fn contract<T: Scalar>(
 pub(crate) fn mix_adjoint_input<T: Scalar>(b: ArrayView2<'_, T>, dy: ArrayView3<'_, T>, groups: usize) -> Array3<T> {
     let (outer, _, inner) = dy.dim();
     let mut t = Array3::zeros((outer, b.ncols() * groups, inner));
+    if is_one_product(&dy, b.ncols(), groups) {
+        mix_adjoint_input_block(t.view_mut(), b, dy, groups, product_into);
+        return t;
+    }
     let all = blocks_mut(t.view_mut()).zip(blocks(dy));
-    for_each(dy.len(), all, |(t, dy)| mix_adjoint_input_block(t, b, dy, groups));
+    for_each(dy.len(), all, |(t, dy)| mix_adjoint_input_block(t, b, dy, groups, product_into_on_this_thread));
     t
 }
 
 /// The adjoint of b -> mix(b, u): `s[i, k] = sum over o, q of dy[o, i, q] u[o, k, q]`: `[units, rank / groups]`. E7.
 pub(crate) fn mix_adjoint_weight<T: Scalar>(dy: ArrayView3<'_, T>, u: ArrayView3<'_, T>, groups: usize) -> Array2<T> {
     let zero = || Array2::zeros((dy.len_of(Axis(1)), u.len_of(Axis(1)) / groups));
-    let add = |_: &mut (), sums: &mut Array2<T>, (dy, u)| add_mix_adjoint_weight(sums.view_mut(), dy, u, groups);
+    if is_one_product(&dy, u.len_of(Axis(1)), groups) {
+        let mut sums = zero();
+        add_mix_adjoint_weight(sums.view_mut(), dy, u, groups, product_into);
+        return sums;
+    }
+    let add = |_: &mut (), sums: &mut Array2<T>, (dy, u)| {
+        add_mix_adjoint_weight(sums.view_mut(), dy, u, groups, product_into_on_this_thread);
+    };
     sum(dy.len(), blocks(dy).zip(blocks(u)), || (), zero, add, |sums, part| *sums += &part)
 }
 
@@ -238,7 +293,13 @@ fn add_products<T: Scalar>(sums: &mut Array1<T>, a: ArrayView3<'_, T>, b: ArrayV
     }
 }
 
-fn mix_block<T: Scalar>(y: ArrayViewMut3<'_, T>, b: ArrayView2<'_, T>, u: ArrayView3<'_, T>, groups: usize) {
+fn mix_block<T: Scalar>(
+    y: ArrayViewMut3<'_, T>,
+    b: ArrayView2<'_, T>,
+    u: ArrayView3<'_, T>,
+    groups: usize,
+    multiply: Multiply<T>,
+) {
     let (channels, in_rows) = channel_axis(&u);
     let (mut y, u) = (matrix_mut(y), matrix(u));
     for q in 0..groups {
@@ -246,7 +307,7 @@ fn mix_block<T: Scalar>(y: ArrayViewMut3<'_, T>, b: ArrayView2<'_, T>, u: ArrayV
         let (b, u) = (b.slice_axis(Axis(0), units), u.slice_axis(channels, ranks));
         let y = y.slice_axis_mut(channels, units);
         let (left, right) = if in_rows { (u, b.t()) } else { (b, u) };
-        product_into_on_this_thread(T::one(), left, right, Accumulate::Add, y);
+        multiply(T::one(), left, right, Accumulate::Add, y);
     }
 }
 
@@ -255,6 +316,7 @@ fn mix_adjoint_input_block<T: Scalar>(
     b: ArrayView2<'_, T>,
     dy: ArrayView3<'_, T>,
     groups: usize,
+    multiply: Multiply<T>,
 ) {
     let (channels, in_rows) = channel_axis(&dy);
     let (mut t, dy) = (matrix_mut(t), matrix(dy));
@@ -263,7 +325,7 @@ fn mix_adjoint_input_block<T: Scalar>(
         let (b, dy) = (b.slice_axis(Axis(0), units), dy.slice_axis(channels, units));
         let t = t.slice_axis_mut(channels, ranks);
         let (left, right) = if in_rows { (dy, b) } else { (b.reversed_axes(), dy) };
-        product_into_on_this_thread(T::one(), left, right, Accumulate::Replace, t);
+        multiply(T::one(), left, right, Accumulate::Replace, t);
     }
 }
 
@@ -272,6 +334,7 @@ fn add_mix_adjoint_weight<T: Scalar>(
     dy: ArrayView3<'_, T>,
     u: ArrayView3<'_, T>,
     groups: usize,
+    multiply: Multiply<T>,
 ) {
     let (channels, in_rows) = channel_axis(&dy);
     let (dy, u) = (matrix(dy), matrix(u));
@@ -280,7 +343,7 @@ fn add_mix_adjoint_weight<T: Scalar>(
         let (dy, u) = (dy.slice_axis(channels, units), u.slice_axis(channels, ranks));
         let sums = sums.slice_axis_mut(Axis(0), units);
         let (left, right) = if in_rows { (dy.reversed_axes(), u) } else { (dy, u.reversed_axes()) };
-        product_into_on_this_thread(T::one(), left, right, Accumulate::Add, sums);
+        multiply(T::one(), left, right, Accumulate::Add, sums);
     }
 }
 
@@ -288,4 +351,48 @@ fn add_mix_adjoint_weight<T: Scalar>(
 fn channel_axis<T>(block: &ArrayView3<'_, T>) -> (Axis, bool) {
     let in_rows = block.len_of(Axis(2)) == 1;
     (Axis(usize::from(in_rows)), in_rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use approx::assert_relative_eq;
+    use rand::{RngExt, SeedableRng};
+    use rand_pcg::Pcg64;
+
+    /// With one inner position, with one outer position, and with several of both; in one product, in blocks and in groups.
+    #[test]
+    fn channels_are_mixed_and_summed_term_by_term() {
+        let rng = &mut Pcg64::seed_from_u64(1);
+        let mut draw = |shape| Array3::<f64>::from_shape_simple_fn(shape, || rng.random_range(-1.0..1.0));
+        let shapes = [(70, 1), (1, 1030), (3, 2), (70, 1), (70, 1)];
+        for ((outer, inner), (rank, groups)) in shapes.into_iter().zip([(65, 1), (66, 1), (67, 1), (2, 1), (65, 2)]) {
+            let (units, ranks) = (6, rank * groups);
+            let (b, u, dy) = (draw((1, units, rank)), draw((outer, ranks, inner)), draw((outer, units, inner)));
+            let (b, p) = (b.index_axis_move(Axis(0), 0), draw((outer, units, inner)));
+            let (mut y, mut t) = (p.clone(), Array3::zeros(u.dim()));
+            let (mut s, mut sums) = (Array2::zeros(b.dim()), [0; 3].map(|_| Array1::zeros(units)));
+            for ((o, i, q), &dy) in dy.indexed_iter() {
+                for k in 0..rank {
+                    let of_all = i / (units / groups) * rank + k;
+                    y[[o, i, q]] += b[[i, k]] * u[[o, of_all, q]];
+                    t[[o, of_all, q]] += b[[i, k]] * dy;
+                    s[[i, k]] += dy * u[[o, of_all, q]];
+                }
+                let [a, b, c] = [dy * dy + 0.1, p[[o, i, q]].powi(2) + 0.2, y[[o, i, q]].powi(2) + 0.3];
+                sums[0][i] += a;
+                sums[1][i] += a * b;
+                sums[2][i] += a * c;
+            }
+            let mut mixed = p.clone();
+            mix_into(mixed.view_mut(), b.view(), u.view(), groups);
+            assert_relative_eq!(mixed, y, epsilon = 1e-12);
+            assert_relative_eq!(mix_adjoint_input(b.view(), dy.view(), groups), t, epsilon = 1e-12);
+            assert_relative_eq!(mix_adjoint_weight(dy.view(), u.view(), groups), s, epsilon = 1e-11);
+            let found = channel_square_products((dy.view(), 0.1), [(p.view(), 0.2), (y.view(), 0.3)]);
+            for (found, sums) in found.iter().zip(&sums) {
+                assert_relative_eq!(found, sums, max_relative = 1e-12);
+            }
+        }
+    }
 }

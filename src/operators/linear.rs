@@ -65,6 +65,12 @@ impl Linear {
         let rows = x.len() / self.in_features;
         x.to_shape((rows, self.in_features)).expect("an input checked by output_shape")
     }
+
+    /// The same of dx.
+    fn dx_rows<'a, T: Scalar>(&self, dx: ArrayViewMutD<'a, T>) -> ArrayViewMut2<'a, T> {
+        let rows = dx.len() / self.in_features;
+        dx.into_shape_with_order((rows, self.in_features)).expect("as many elements as x")
+    }
 }
 
 impl Operator for Linear {
@@ -147,18 +153,29 @@ impl Operator for Linear {
 
     fn adjoint_input_into<T: Scalar>(
         &self,
-        x: &Self::Input<'_, T>,
+        _x: &Self::Input<'_, T>,
         pairs: &[(ArrayView3<'_, T>, ArrayView2<'_, T>)],
         dx: ArrayViewMutD<'_, T>,
     ) {
-        let shape = (x.len() / self.in_features, self.in_features);
-        let mut dx = dx.into_shape_with_order(shape).expect("as many elements as x");
+        let mut dx = self.dx_rows(dx);
         if pairs.is_empty() {
             dx.fill(T::zero());
         }
         for (nth, (dy, weight)) in pairs.iter().enumerate() {
             let accumulate = if nth == 0 { Accumulate::Replace } else { Accumulate::Add };
             product_into(T::one(), dy.index_axis(Axis(2), 0), *weight, accumulate, dx.view_mut()); // E3
+        }
+    }
+
+    fn add_adjoint_input<T: Scalar>(
+        &self,
+        _x: &Self::Input<'_, T>,
+        pairs: &[(ArrayView3<'_, T>, ArrayView2<'_, T>)],
+        dx: ArrayViewMutD<'_, T>,
+    ) {
+        let mut dx = self.dx_rows(dx);
+        for (dy, weight) in pairs {
+            product_into(T::one(), dy.index_axis(Axis(2), 0), *weight, Accumulate::Add, dx.view_mut()); // E3
         }
     }
 

@@ -36,8 +36,8 @@ mod tiles;
 mod unfold;
 
 pub(crate) use channels::{
-    Contracted, PARALLEL_ELEMENTS, channel_products, channel_sums, contract, mix_adjoint_input, mix_adjoint_weight,
-    mix_into, scale_and_mix_into, scale_into,
+    Contracted, PARALLEL_ELEMENTS, channel_products, channel_square_products, channel_sums, contract,
+    mix_adjoint_input, mix_adjoint_weight, mix_into, scale_and_mix_into, scale_into,
 };
 pub use conv::{Conv, Conv1d, Conv2d, Conv3d, ConvSettings, Extents, Padding, PaddingWord};
 pub use embedding::{Embedding, EmbeddingSettings, Ids};
@@ -217,6 +217,28 @@ pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
         Some(dx)
     }
 
+    /// What [`Operator::adjoint_input_into`] puts into dx, added to what it holds.
+    ///
+    /// ```
+    /// use ndarray::array;
+    /// use woracle::operators::{Linear, Operator};
+    /// let linear = Linear { in_features: 2, out_features: 1, fan_in_fan_out: false };
+    /// let (x, dy, weight) = (array![[3.0, 4.0]].into_dyn().into(), array![[[2.0]]], array![[1.0, 5.0]]);
+    /// let mut dx = array![[100.0, 200.0]].into_dyn();
+    /// linear.add_adjoint_input(&x, &[(dy.view(), weight.view())], dx.view_mut());
+    /// assert_eq!(dx, array![[102.0, 210.0]].into_dyn());
+    /// ```
+    fn add_adjoint_input<T: Scalar>(
+        &self,
+        x: &Self::Input<'_, T>,
+        pairs: &[(ArrayView3<'_, T>, ArrayView2<'_, T>)],
+        mut dx: ArrayViewMutD<'_, T>,
+    ) {
+        if let Some(more) = self.adjoint_input(x, pairs) {
+            dx += &more;
+        }
+    }
+
     /// [`Operator::adjoint_weight_into`] a fresh array.
     fn adjoint_weight<T: Scalar>(&self, x: &Self::Input<'_, T>, dy: ArrayView3<'_, T>) -> Array2<T> {
         let mut dweight = Array2::zeros((dy.len_of(Axis(1)), self.fan_in()));
@@ -236,8 +258,8 @@ pub trait Operator: Clone + std::fmt::Debug + Send + Sync + 'static {
         self.clone()
     }
 
-    /// The same operator with only so many units: `op(x, W)` for some rows of W. `None` where units are not independent
-    /// of each other, or where it is not worth it.
+    /// The same operator with only so many units: `op(x, W)` for some rows of W, into outputs of any strides. `None` where
+    /// units are not independent of each other, or where it is not worth it.
     fn of_units(&self, _units: usize) -> Option<Self> {
         None
     }

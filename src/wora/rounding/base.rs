@@ -16,17 +16,17 @@ pub(super) enum Base {
     /// Among those of W', whose gains make none of it small.
     Gained,
     /// Among what is added up of W0^2 anyway.
-    Summed(Summed),
+    Summed(AmongWeights),
     /// By themselves.
     Apart,
 }
 
 /// What is added up of W0^2 for the base output, and for its gradient.
-pub(super) struct Summed {
+pub(super) struct AmongWeights {
     /// In y
-    pub output: f64,
+    output: f64,
     /// In dx, unit by unit
-    pub gradient: Array1<f64>,
+    gradient: Array1<f64>,
     /// What `op*(g dy, beta W0)` is to be multiplied by to come near `op*(dy, W0)`, where gains have so much in common. E153
     pub per_gain: Option<f64>,
 }
@@ -51,6 +51,22 @@ impl Base {
         let rest = gains.mapv(|gain| (1.0 - per_gain * gain).powi(2));
         let is_random = rest.sum() <= RANDOM * gains.len() as f64;
         let gradient = if is_random { rest * 2.0 + chain } else { Array1::from_elem(gains.len(), chain) }; // E153
-        Self::Summed(Summed { output, gradient, per_gain: is_random.then_some(per_gain) })
+        Self::Summed(AmongWeights { output, gradient, per_gain: is_random.then_some(per_gain) })
+    }
+
+    /// How often y has `op2(x^2, W0^2)` among its errors beside what it has of W', and how often `op(x, W0)^2`. E152
+    pub fn of_outputs(&self) -> [f64; 2] {
+        if let Self::Summed(of) = self { [of.output, 1.0] } else { [0.0; 2] } // E152
+    }
+
+    /// How often dx has `op2*(dy^2, W0^2)` among its errors beside what it has of W', unit by unit. E152
+    pub fn of_rows(&self) -> Option<Array1<f64>> {
+        if let Self::Summed(of) = self { Some(&of.gradient * 3.0) } else { None } // E152
+    }
+
+    /// How often dx has `op*(g dy, beta W0)^2` among its errors for `op*(dy, W0)^2`. E153
+    pub fn of_gained(&self) -> f64 {
+        let per_gain = if let Self::Summed(of) = self { of.per_gain } else { None };
+        6.0 * per_gain.map_or(0.0, |per_gain| per_gain * per_gain) // E153
     }
 }

@@ -1,19 +1,20 @@
 //! The backward as far as it comes before the weight's: what is made of dy and of the outputs.
 
+use super::operands::{Operands, Scaled};
 use super::{Passes, square, stored};
-use crate::operators::{Operator, channel_products, mix_adjoint_input, mix_adjoint_weight};
+use crate::Scalar;
+use crate::operators::{Operator, channel_square_products, mix_adjoint_input, mix_adjoint_weight};
 use crate::wora::passes::{column_sums, feature_products};
 use crate::wora::{Direction, Gradients, NormAxis};
-use ndarray::{Array1, Array2, Array3, Axis, CowArray, IxDyn, Zip};
+use ndarray::{Array1, Array2, Array3, Axis, CowArray, IxDyn};
 
 /// The backward, as far as it comes before the weight's.
 pub(super) struct Cotangent<'v> {
     /// How many outputs a unit has, and the chain of a sum over them.
     pub outputs: usize,
     pub chain: f64,
-    /// Of storing dy times a factor, by it: `[outer, units, inner]`
-    pub dy_sq: Array3<f64>,
-    /// The sums of dy^2 P^2, of dy^2 Z^2 and of dy^2 B^2 U^2 over a unit's outputs: `[units]`
+    /// The sums of dy^2, of dy^2 P^2, of dy^2 Z^2 and of dy^2 B^2 U^2 over a unit's outputs: `[units]`
+    pub dy_terms: Array1<f64>,
     pub p_terms: Array1<f64>,
     pub z_terms: Array1<f64>,
     pub u_terms: Array1<f64>,
@@ -31,21 +32,33 @@ pub(super) struct Cotangent<'v> {
 }
 
 impl<'v> Cotangent<'v> {
-    pub fn new<O: Operator>(passes: &Passes<'_, '_, O>, values: &'v Gradients<f64>) -> Self {
+    /// `None` where P has not the range for it.
+    pub fn new<O: Operator, P: Scalar>(
+        passes: &Passes<'_, '_, O>,
+        values: &'v Gradients<f64>,
+        operands: &Operands<'_, O, P>,
+    ) -> Option<Self> {
         let Passes { layer, cache, beta, gamma, .. } = *passes;
         let (dy, groups) = (passes.dy(), layer.operator.groups());
         let outputs = dy.len_of(Axis(0)) * dy.len_of(Axis(2));
         let chain = passes.storage.of_sum(outputs);
-        let dy_sq = stored(&dy, passes.dy_tiny_sq);
-        let mut squares = square(&cache.base_output);
-        let p_terms = channel_products(dy_sq.view(), squares.view());
-        Zip::from(&mut squares).and(&passes.mixed).par_for_each(|square, &z| *square = z * z + passes.tiny_sq);
-        let z_terms = channel_products(dy_sq.view(), squares.view());
-        let of_ranks = mix_adjoint_weight(dy_sq.view(), passes.u_sq.view(), groups);
-        let u_terms = (of_ranks * square(&layer.b())).sum_axis(Axis(1));
+        let dy_sq = operands.dy_sq();
+        let (output, mixed) = ((cache.base_output.view(), 0.0), (passes.mixed.view(), passes.tiny_sq));
+        let [dy_terms, p_terms, z_terms] = channel_square_products((dy, passes.dy_tiny_sq), [output, mixed]);
+        let u_sq = operands.narrowed_up(passes.u_sq.clone(), passes.tiny_sq)?;
+        let of_ranks = Scaled {
+            values: mix_adjoint_weight(dy_sq.values, u_sq.values.view(), groups),
+            scale: dy_sq.scale * u_sq.scale,
+        };
+        let u_terms = (of_ranks.widened() * square(&layer.b())).sum_axis(Axis(1));
         let gained = &layer.b() * &passes.gain_out.view().insert_axis(Axis(1));
-        let t = mix_adjoint_input(gained.view(), dy.view(), groups);
-        let t_terms = mix_adjoint_input(square(&gained).view(), dy_sq.view(), groups);
+        let t = mix_adjoint_input(gained.view(), dy, groups);
+        let gained_sq = operands.narrowed(square(&gained).view())?;
+        let t_terms = Scaled {
+            values: mix_adjoint_input(gained_sq.values.view(), dy_sq.values, groups),
+            scale: dy_sq.scale * gained_sq.scale,
+        };
+        let t_terms = t_terms.widened();
         let t_error = (&t_terms + &stored(&t, passes.tiny_sq)) * passes.chain_of_inputs();
         let du = du(passes, values, &t);
 
@@ -68,7 +81,21 @@ impl<'v> Cotangent<'v> {
             dgain_error = terms; // E64
         }
         let fraction = layer.operator.gradient_fraction(&cache.x).map(Array1::from);
-        Self { outputs, chain, dy_sq, p_terms, z_terms, u_terms, t, t_terms, t_error, du, dgain, dgain_error, fraction }
+        Some(Self {
+            outputs,
+            chain,
+            dy_terms,
+            p_terms,
+            z_terms,
+            u_terms,
+            t,
+            t_terms,
+            t_error,
+            du,
+            dgain,
+            dgain_error,
+            fraction,
+        })
     }
 
     /// What a lookup lets through of the squared errors of a gradient `[rows, fan_in]`.

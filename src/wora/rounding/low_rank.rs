@@ -5,8 +5,8 @@ use super::operands::{Operands, Scaled};
 use crate::Scalar;
 use crate::matmul::{Accumulate, product_into};
 use crate::operators::{Operator, channel_products, group_slice, mix_adjoint_input, mix_adjoint_weight, mix_into};
-use crate::wora::NormAxis;
-use ndarray::{Array1, Array2, Array3, ArrayD, ArrayView2, ArrayView3, Axis, Zip};
+use crate::wora::{NormAxis, Workspace};
+use ndarray::{Array1, Array2, Array3, ArrayD, ArrayView2, ArrayView3, Axis, Ix3, Zip};
 
 /// A weight of a rank is rounded up to so much of the largest of its row: what is added up of squares may not vanish.
 const LEAST: f64 = 1e-30;
@@ -150,6 +150,7 @@ impl LowRank {
         Channels { mut ranks, whole }: Channels<P>,
         weights: &Weights,
         (u, share): (ArrayView3<'_, f64>, f64),
+        workspace: &Workspace<P>,
     ) -> (Mixed<P>, Option<Scaled<Array3<P>>>) {
         let per_scale = share / ranks.scale;
         for (k, u) in u.axis_iter(Axis(1)).enumerate() {
@@ -157,7 +158,7 @@ impl LowRank {
             let mut ranks = ranks.values.index_axis_mut(Axis(1), rank);
             ranks.zip_mut_with(&u, |rank, u| *rank += P::from_f64(per_scale * u));
         }
-        let mixed = mix((self.b.view(), self.pairs, self.squares), weights, &ranks, self.groups);
+        let mixed = mix((self.b.view(), self.pairs, self.squares), weights, &ranks, self.groups, workspace);
         (mixed, whole)
     }
 
@@ -166,9 +167,8 @@ impl LowRank {
         &self,
         channels: &Channels<P>,
         weights: &Weights,
-        operator: &O,
-        x: &O::Input<'_, f64>,
-        dy: ArrayView3<'_, f64>,
+        (operator, x): (&O, &O::Input<'_, f64>),
+        operands: &Operands<'_, O, P>,
         (t, a): (ArrayView3<'_, f64>, ArrayView2<'_, f64>),
     ) -> Option<ArrayD<f64>> {
         let ranks = channels.ranks.widened();
@@ -178,9 +178,9 @@ impl LowRank {
             self.a[[k, j]] * kind(rank, [self.pairs, self.squares], [delta, terms, ones])[j]
         };
         let weighted = Array2::from_shape_fn(self.a.dim(), of_input);
-        let whole = self.whole.as_ref().map(|whole| whole * delta);
+        let whole = self.whole.as_ref().map(|whole| (operands.dy_sq().widened(), whole * delta));
         let mut pairs = vec![(t, a), (ranks.view(), weighted.view())];
-        pairs.extend(whole.as_ref().map(|whole| (dy, whole.view())));
+        pairs.extend(whole.as_ref().map(|(dy, whole)| (dy.view(), whole.view())));
         operator.adjoint_input(x, &pairs)
     }
 }
@@ -202,6 +202,7 @@ pub(super) fn mix<P: Scalar>(
     Weights { delta, terms, ones }: &Weights,
     u: &Scaled<Array3<P>>,
     groups: usize,
+    workspace: &Workspace<P>,
 ) -> Mixed<P> {
     let mut narrow = Array2::zeros(b.dim());
     let mut scales = Array1::zeros(b.nrows());
@@ -216,7 +217,8 @@ pub(super) fn mix<P: Scalar>(
         }
         *scale = divisor * u.scale;
     });
-    let mut sums = Array3::zeros((u.values.len_of(Axis(0)), b.nrows(), u.values.len_of(Axis(2))));
+    let mut sums = workspace.array(Ix3(u.values.len_of(Axis(0)), b.nrows(), u.values.len_of(Axis(2))));
+    sums.fill(P::zero());
     mix_into(sums.view_mut(), narrow.view(), u.values.view(), groups);
     Mixed { sums, scales }
 }

@@ -3,12 +3,16 @@
 
 use crate::Scalar;
 use crate::operators::{Input, Operator, PARALLEL_ELEMENTS};
-use crate::simd::magnitudes;
-use crate::wora::{Cache, Workspace};
+use crate::simd::{contiguous, magnitudes, squares};
+use crate::wora::{Cache, Layer, NormAxis, Workspace};
 use ndarray::{
-    Array, Array2, Array3, ArrayD, ArrayView, ArrayView2, ArrayView3, ArrayViewD, Axis, Dimension, Ix2, Ix3, Zip,
+    Array, Array2, Array3, ArrayBase, ArrayD, ArrayView, ArrayView1, ArrayView2, ArrayView3, ArrayViewD, ArrayViewMut1,
+    Axis, Data, Dimension, Ix2, Ix3, Zip,
 };
 use rayon::prelude::*;
+
+/// The squared error of what is 0 may be taken for so much of the largest: its root is a part in ten thousand million.
+const LEAST: f64 = 1e-20;
 
 /// The smallest magnitude but 0, and the largest.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -20,11 +24,12 @@ pub(super) struct Magnitudes {
 impl Magnitudes {
     pub const NONE: Self = Self { least: f64::INFINITY, most: 0.0 };
 
-    pub fn of(values: &[f64]) -> Self {
-        let of_part = |part| {
-            let [least, most] = magnitudes(part);
-            Self { least, most }
-        };
+    pub fn new([least, most]: [f64; 2]) -> Self {
+        Self { least, most }
+    }
+
+    fn of(values: &[f64]) -> Self {
+        let of_part = |part| Self::new(magnitudes(part));
         values.par_chunks(PARALLEL_ELEMENTS).map(of_part).reduce(|| Self::NONE, Self::and)
     }
 
@@ -39,7 +44,7 @@ impl Magnitudes {
 
     /// A power of two that divides the largest magnitude down to a number from 1 up to 2.
     fn scale(self) -> f64 {
-        if self.most == 0.0 { 1.0 } else { 2.0_f64.powi(self.most.log2().floor().clamp(-1000.0, 1000.0) as i32) }
+        power_of_two(self.most)
     }
 
     /// Of the squares.
@@ -54,6 +59,11 @@ impl Magnitudes {
     }
 }
 
+/// The power of two that divides a magnitude down to a number from 1 up to 2.
+fn power_of_two(magnitude: f64) -> f64 {
+    if magnitude == 0.0 { 1.0 } else { 2.0_f64.powi(magnitude.log2().floor().clamp(-1000.0, 1000.0) as i32) }
+}
+
 /// Values divided by a power of two, and their squares.
 struct Squared<V> {
     values: V,
@@ -66,21 +76,27 @@ pub(super) struct Scaled<V> {
     pub scale: f64,
 }
 
+impl<P: Scalar, S: Data<Elem = P>, D: Dimension> Scaled<ArrayBase<S, D>> {
+    /// What they are.
+    pub fn widened(&self) -> Array<f64, D> {
+        widened(&self.values, self.scale)
+    }
+}
+
 impl<P: Scalar, D: Dimension> Scaled<Array<P, D>> {
     /// These, by a power of two that divides the largest down to a number from 1 up to 2.
     pub fn of(values: ArrayView<'_, f64, D>) -> Self {
         let scale = Magnitudes::of_array(values.view()).scale();
         Self { values: values.mapv(|value| P::from_f64(value / scale)), scale }
     }
+}
 
-    /// What they are.
-    pub fn widened(&self) -> Array<f64, D> {
-        widened(&self.values, self.scale)
-    }
-
-    pub fn into_dyn(self) -> Scaled<ArrayD<P>> {
-        Scaled { values: self.values.into_dyn(), scale: self.scale }
-    }
+/// What is added up of the squares of a weight, of which some units come after others.
+pub(super) struct Sums<P> {
+    /// `op2(x~^2, W)`: `[outer, units, inner]`
+    pub outputs: Option<Scaled<Array3<P>>>,
+    /// `op2*(dy^2, W)`, in the shape of x
+    pub inputs: Option<Scaled<ArrayD<P>>>,
 }
 
 /// x, dy and W0, in the type that products are computed in.
@@ -96,17 +112,16 @@ pub(super) struct Operands<'a, O: Operator, P: Scalar> {
     x_scale: f64,
     dy_scale: f64,
     weight_scale: f64,
-    /// Of x, of dy and of W0.
-    range: [Magnitudes; 3],
+    /// Of x and of dy.
+    range: [Magnitudes; 2],
     /// What products of some units leave to those of the next.
-    workspace: Workspace<P>,
+    pub workspace: Workspace<P>,
 }
 
 impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
-    /// `dy` in the shape of P, `[outer, units, inner]`, whose squares are larger by `dy_tiny_sq`. `None` where products of squares, of x, of dy and of W0, would not keep their digits in P.
+    /// `dy` in the shape of P, `[outer, units, inner]`, whose squares are larger by `dy_tiny_sq`. `None` where products of squares, of x and of dy, would not keep their digits in P.
     pub fn new(
-        operator: &O,
-        weight: ArrayView2<'a, f64>,
+        layer: &'a Layer<O, f64>,
         cache: &Cache<'_, O, f64>,
         dy: Option<ArrayView3<'_, f64>>,
         dy_tiny_sq: f64,
@@ -115,11 +130,17 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
         let inputs: Vec<_> = inputs.into_iter().flatten().collect();
         let values = || inputs.iter().filter_map(|x| x.values());
         let of_x = values().fold(Magnitudes::NONE, |range, values| range.and(Magnitudes::of_array(values)));
-        let range = [of_x, dy.map_or(Magnitudes::NONE, Magnitudes::of_array), Magnitudes::of_array(weight)];
-        if !fit::<P>(range.map(Magnitudes::scaled).map(Magnitudes::squared)) {
+        let range = [of_x, dy.map_or(Magnitudes::NONE, Magnitudes::of_array)];
+        if !fit::<P>(range.map(Magnitudes::scaled).map(Magnitudes::squared), Magnitudes::NONE) {
             return None;
         }
-        let [x_scale, dy_scale, weight_scale] = range.map(Magnitudes::scale);
+        let [x_scale, dy_scale] = range.map(Magnitudes::scale);
+        let (operator, weight) = (&layer.operator, layer.weight());
+        // No element is larger than its row, whose norm is there already; but the square of one may have been too small.
+        let largest_sq = layer.base_sq.iter().copied().fold(0.0, f64::max);
+        let is_precise = largest_sq.is_finite() && largest_sq >= f64::MIN_POSITIVE;
+        let weight_scale =
+            if is_precise { power_of_two(largest_sq.sqrt()) } else { Magnitudes::of_array(weight).scale() };
         let ids = |x: &O::Input<'_, f64>| x.ids().and_then(|ids| O::Input::from_ids(ids.to_owned())).expect("ids");
         let of = |x: &O::Input<'_, f64>| match x.values() {
             None => Squared { values: ids(x), squares: ids(x) },
@@ -148,16 +169,44 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
         })
     }
 
-    /// `W0^2`: `[units, fan_in]`
-    pub fn weight_sq(&self) -> Scaled<Array2<P>> {
+    /// `W0^2` for some units, in the order in which W0 lies: `[units, fan_in]`. `None` where products with it would not
+    /// keep their digits in P.
+    pub fn weight_sq(&self, units: &Units) -> Option<Scaled<Array2<P>>> {
         let per_scale = 1.0 / self.weight_scale;
-        let squares = Zip::from(self.weight).par_map_collect(|w| P::from_f64((w * per_scale).powi(2)));
-        Scaled { values: squares, scale: self.weight_scale.powi(2) }
+        let (values, magnitudes) = self.of_rows(units, |row, into| squares(row, per_scale, into));
+        self.fit(magnitudes).then(|| Scaled { values, scale: self.weight_scale.powi(2) })
+    }
+
+    /// What is made of W0 of some units where it lies contiguous, and the magnitudes of that.
+    fn of_rows(&self, units: &Units, of_row: impl Fn(&[f64], &mut [P]) -> [f64; 2] + Sync) -> (Array2<P>, Magnitudes) {
+        let weight = self.weight.slice_axis_move(Axis(0), units.range.clone().into());
+        let is_transposed = weight.strides()[0] < weight.strides()[1];
+        let rows = if is_transposed { weight.reversed_axes() } else { weight };
+        let mut values = self.workspace.array(rows.raw_dim());
+        let of_row = |(mut into, row): (ArrayViewMut1<'_, P>, ArrayView1<'_, f64>)| {
+            Magnitudes::new(of_row(&contiguous(row), into.as_slice_mut().expect("a row of an array")))
+        };
+        let of_rows = values.axis_iter_mut(Axis(0)).into_par_iter().zip(rows.axis_iter(Axis(0)));
+        let of_rows = of_rows.with_min_len(PARALLEL_ELEMENTS.div_ceil(rows.ncols().max(1)));
+        let magnitudes = of_rows.map(of_row).reduce(|| Magnitudes::NONE, Magnitudes::and);
+        (if is_transposed { values.reversed_axes() } else { values }, magnitudes)
+    }
+
+    fn all_weight_sq(&self) -> Array2<P> {
+        self.weight_sq(&Units::all(self.weight.nrows())).expect("what fitted before").values
     }
 
     /// What is to be multiplied with the squares of x, or of dy; `None` where products would not keep their digits in P.
     pub fn narrowed<D: Dimension>(&self, values: ArrayView<'_, f64, D>) -> Option<Scaled<Array<P, D>>> {
         self.fit(Magnitudes::of_array(values.view()).scaled()).then(|| Scaled::of(values))
+    }
+
+    /// The same of squared errors. Those of what is 0, of which `of_zero` is known, may be so small that P has not the range
+    /// for them: they are rounded up to [`LEAST`] of the largest.
+    pub fn narrowed_up<D: Dimension>(&self, mut values: Array<f64, D>, of_zero: f64) -> Option<Scaled<Array<P, D>>> {
+        let least = LEAST * values.iter().copied().fold(0.0, f64::max);
+        values.mapv_inplace(|value| if value > 0.0 && value <= 2.0 * of_zero { value.max(least) } else { value });
+        self.narrowed(values.view())
     }
 
     /// `x~^2`
@@ -167,26 +216,44 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
 
     /// Whether products of the squares of x, and of dy, with what lies within `weight` keep their digits in P.
     pub fn fit(&self, weight: Magnitudes) -> bool {
-        let [x, dy, _] = self.range.map(Magnitudes::scaled).map(Magnitudes::squared);
-        fit::<P>([x, dy, weight])
+        fit::<P>(self.range.map(Magnitudes::scaled).map(Magnitudes::squared), weight)
     }
 
     /// `dy^2`: `[outer, units, inner]`
     pub fn dy_sq(&self) -> Scaled<ArrayView3<'_, P>> {
-        Scaled { values: self.dy().squares.view(), scale: self.dy_scale.powi(2) }
+        self.dy_sq_of(&Units::all(self.weight.nrows()))
     }
 
-    /// `op2(x~^2, W)`: `[outer, units, inner]`
+    /// `dy^2` of some units: `[outer, units, inner]`
+    pub fn dy_sq_of(&self, units: &Units) -> Scaled<ArrayView3<'_, P>> {
+        Scaled { values: units.slice(self.dy().squares.view()), scale: self.dy_scale.powi(2) }
+    }
+
+    /// `op2(x~^2, W)`, of as many units as W has: `[outer, units, inner]`
     pub fn outputs(&self, weight: &Scaled<Array2<P>>) -> Scaled<Array3<P>> {
         let values = self.squared.apply(&self.inputs[0].squares, &[weight.values.view()]).swap_remove(0);
         Scaled { values, scale: weight.scale * self.x_scale.powi(2) }
     }
 
-    /// `op2*(dy^2, W)`, in the shape of x.
-    pub fn inputs(&self, weight: &Scaled<Array2<P>>) -> Scaled<ArrayD<P>> {
-        let pairs = [(self.dy().squares.view(), weight.values.view())];
-        let values = self.squared.adjoint_input(&self.inputs[0].squares, &pairs).expect("values");
-        Scaled { values, scale: weight.scale * self.dy_scale.powi(2) }
+    /// What W of some units, `[units, fan_in]`, adds to the sums on one side.
+    pub fn add(&self, side: NormAxis, units: &Units, weight: &Scaled<Array2<P>>, sums: &mut Sums<P>) {
+        let (operator, x) = (units.of(&self.squared), &self.inputs[0].squares);
+        match side {
+            NormAxis::Output => {
+                let all = sums.outputs.get_or_insert_with(|| {
+                    let [outer, inner] = self.squared.places(x);
+                    let values = Array3::zeros((outer, units.total, inner));
+                    Scaled { values, scale: weight.scale * self.x_scale.powi(2) }
+                });
+                let some = all.values.slice_axis_mut(Axis(1), units.range.clone().into());
+                operator.apply_into(x, &[weight.values.view()], vec![some]);
+            }
+            NormAxis::Input => {
+                let dy = self.dy_sq_of(units);
+                let pair = (dy.values, weight.values.view());
+                add_adjoint_input(&operator, x, pair, weight.scale * dy.scale, &mut sums.inputs);
+            }
+        }
     }
 
     /// `op2*(x~^2, t)` of t `[outer, rows, inner]`: `[rows, fan_in]`
@@ -197,9 +264,9 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
 
     /// `l op2(x^2, W0^2) + op(x, W0)^2`, for `x~` and for x.
     pub fn outputs_of_both(&self, chain: f64) -> Array3<f64> {
-        let (weight, weight_sq) = (self.weight(), self.weight_sq());
+        let (weight, weight_sq) = (self.weight(&Units::all(self.weight.nrows())), self.all_weight_sq());
         let of = |x: &Squared<O::Input<'static, P>>| {
-            let terms = self.squared.apply(&x.squares, &[weight_sq.values.view()]).swap_remove(0);
+            let terms = self.squared.apply(&x.squares, &[weight_sq.view()]).swap_remove(0);
             let whole = self.operator.apply(&x.values, &[weight.view()]).swap_remove(0);
             chained(&terms, &whole, chain, self.x_scale * self.weight_scale)
         };
@@ -208,22 +275,32 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
 
     /// `l op2*(dy^2, W0^2) + op*(dy, W0)^2`, in the shape of x.
     pub fn inputs_of_both(&self, chain: f64) -> ArrayD<f64> {
-        let (dy, x, weight_sq) = (self.dy(), &self.inputs[0], self.weight_sq());
-        let terms = self.squared.adjoint_input(&x.squares, &[(dy.squares.view(), weight_sq.values.view())]);
-        let Scaled { values: whole, scale } = self.base_gradient();
+        let (dy, x, weight_sq) = (self.dy(), &self.inputs[0], self.all_weight_sq());
+        let terms = self.squared.adjoint_input(&x.squares, &[(dy.squares.view(), weight_sq.view())]);
+        let Scaled { values: whole, scale } = self.base_gradient(std::iter::once(Units::all(self.weight.nrows())));
         chained(&terms.expect("values"), &whole, chain, scale)
     }
 
-    /// `op*(dy, W0)`, in the shape of x.
-    pub fn base_gradient(&self) -> Scaled<ArrayD<P>> {
-        let (dy, weight) = (self.dy().values.view(), self.weight());
-        let values = self.operator.adjoint_input(&self.inputs[0].values, &[(dy, weight.view())]).expect("values");
-        Scaled { values, scale: self.dy_scale * self.weight_scale }
+    /// `op*(dy, W0)`, in the shape of x, so many units after the other.
+    pub fn base_gradient(&self, blocks: impl Iterator<Item = Units>) -> Scaled<ArrayD<P>> {
+        let mut sums = None;
+        for units in blocks {
+            let (dy, weight) = (units.slice(self.dy().values.view()), self.weight(&units));
+            let (operator, scale) = (units.of(&self.operator), self.dy_scale * self.weight_scale);
+            add_adjoint_input(&operator, &self.inputs[0].values, (dy, weight.view()), scale, &mut sums);
+            self.recycle(weight);
+        }
+        sums.expect("a unit")
     }
 
-    fn weight(&self) -> Array2<P> {
+    /// W0 of some units, in the order in which it lies: `[units, fan_in]`
+    fn weight(&self, units: &Units) -> Array2<P> {
         let per_scale = 1.0 / self.weight_scale;
-        Zip::from(self.weight).par_map_collect(|w| P::from_f64(w * per_scale))
+        let of_row = |row: &[f64], into: &mut [P]| {
+            into.iter_mut().zip(row).for_each(|(into, w)| *into = P::from_f64(w * per_scale));
+            [f64::INFINITY, 0.0]
+        };
+        self.of_rows(units, of_row).0
     }
 
     /// `X = op*(x~, dy)` for some units: `[units, fan_in]`
@@ -234,9 +311,9 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
         Scaled { values: sums, scale: self.x_scale * self.dy_scale }
     }
 
-    /// Leaves what [`Operands::dmerged`] has returned to the next units.
-    pub fn recycle(&self, dmerged: Array2<P>) {
-        self.workspace.recycle(dmerged);
+    /// Leaves what has been returned for some units to the next.
+    pub fn recycle<D: Dimension>(&self, array: Array<P, D>) {
+        self.workspace.recycle(array);
     }
 
     /// `op2*(x~^2, dy^2)`: `[units, fan_in]`
@@ -262,7 +339,7 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
 }
 
 /// Whether all products of two, of what is made of x, of dy and of a weight, keep their digits in P.
-fn fit<P: Scalar>([x, dy, weight]: [Magnitudes; 3]) -> bool {
+fn fit<P: Scalar>([x, dy]: [Magnitudes; 2], weight: Magnitudes) -> bool {
     if P::UNIT_ROUNDOFF == f64::UNIT_ROUNDOFF {
         return true;
     }
@@ -295,7 +372,7 @@ impl Units {
         operator.of_units(self.range.len()).expect("an operator whose units are independent")
     }
 
-    fn slice<'v, P>(&self, values: ArrayView3<'v, P>) -> ArrayView3<'v, P> {
+    pub fn slice<'v, P>(&self, values: ArrayView3<'v, P>) -> ArrayView3<'v, P> {
         values.slice_axis_move(Axis(1), self.range.clone().into())
     }
 }
@@ -306,15 +383,31 @@ fn chained<P: Scalar, D: Dimension>(terms: &Array<P, D>, whole: &Array<P, D>, ch
     Zip::from(terms).and(whole).map_collect(error)
 }
 
-fn widened<P: Scalar, D: Dimension>(values: &Array<P, D>, scale: f64) -> Array<f64, D> {
+/// Adds the adjoint of a pair to what others have made, in the shape of x, all of which is to be multiplied by `scale`.
+fn add_adjoint_input<O: Operator, P: Scalar>(
+    operator: &O,
+    x: &O::Input<'_, P>,
+    pair: (ArrayView3<'_, P>, ArrayView2<'_, P>),
+    scale: f64,
+    all: &mut Option<Scaled<ArrayD<P>>>,
+) {
+    match all {
+        Some(all) => operator.add_adjoint_input(x, &[pair], all.values.view_mut()),
+        None => *all = Some(Scaled { values: operator.adjoint_input(x, &[pair]).expect("values"), scale }),
+    }
+}
+
+fn widened<P: Scalar, S: Data<Elem = P>, D: Dimension>(values: &ArrayBase<S, D>, scale: f64) -> Array<f64, D> {
     Zip::from(values).par_map_collect(|value| value.as_f64() * scale)
 }
 
 fn squared<P: Scalar>(values: ArrayViewD<'_, f64>, scale: f64, tiny_sq: f64) -> Squared<ArrayD<P>> {
     let per_scale = 1.0 / scale;
     let tiny_sq = tiny_sq * per_scale * per_scale;
-    Squared {
-        values: Zip::from(&values).par_map_collect(|value| P::from_f64(value * per_scale)),
-        squares: Zip::from(&values).par_map_collect(|value| P::from_f64((value * per_scale).powi(2) + tiny_sq)),
-    }
+    let [mut narrow, mut squares] = [0; 2].map(|_| ArrayD::zeros(values.raw_dim()));
+    Zip::from(&mut narrow).and(&mut squares).and(&values).par_for_each(|narrow, square, value| {
+        let value = value * per_scale;
+        (*narrow, *square) = (P::from_f64(value), P::from_f64(value * value + tiny_sq));
+    });
+    Squared { values: narrow, squares }
 }

@@ -1,8 +1,9 @@
 //! One row of the weight element by element: its stages, its gradient, and the errors of both. The loops are compiled for
 //! newer processors too and chosen at run time.
 
+use super::operands::Magnitudes;
 use crate::Scalar;
-use crate::simd::contiguous;
+use crate::simd::{contiguous, magnitudes};
 use multiversion::multiversion;
 use ndarray::{Array1, ArrayView1};
 
@@ -122,16 +123,24 @@ impl Row {
         }
     }
 
-    /// What a sum over a row of W' adds up, without `t^2`.
-    pub fn terms(&mut self, gain: f64, gain_error: f64, summed: &Summed) -> &[f64] {
-        let Self { i, base, weighted, weighted_error, scratch, columns, .. } = self;
+    /// What a sum over a row of W' adds up; returns its magnitudes, without `t^2`.
+    pub fn terms<P: Scalar>(
+        &mut self,
+        [gain, gain_error]: [f64; 2],
+        summed: &Summed,
+        tiny_sq: f64,
+        into: &mut [P],
+    ) -> Magnitudes {
+        let Self { i, columns, base, weighted, weighted_error, scratch, .. } = self;
         let &Summed { stored, chain, ref apart } = summed;
         let g_sq = gain * gain;
         let of_error = g_sq * (stored + chain);
         let of_square = g_sq * (stored * (gain_error + 1.0) + chain);
         let of_base = apart.as_ref().map_or(0.0, |apart| apart[*i]);
-        terms([of_error, of_square, of_base], weighted_error, weighted, base, scratch);
-        &scratch[..*columns]
+        let wide = &mut scratch[..*columns];
+        terms([of_error, of_square, of_base], [weighted_error, weighted, base], wide);
+        narrow(wide, (stored + chain) * tiny_sq, into);
+        Magnitudes::new(magnitudes(wide))
     }
 
     /// X, from what it is to be multiplied by.
@@ -141,11 +150,9 @@ impl Row {
         delta: Delta<'_>,
         [chain, tiny_sq]: [f64; 2],
     ) -> Direct {
-        let Self { base, weighted, weighted_error, dmerged: wide, columns, .. } = self;
-        for (wide, narrow) in wide[..*columns].iter_mut().zip(contiguous(dmerged.0).iter()) {
-            *wide = narrow.as_f64() * dmerged.1;
-        }
-        let sums = direct([chain, tiny_sq], wide, weighted, weighted_error, delta.values, base);
+        let Self { base, weighted, weighted_error, dmerged: wide, .. } = self;
+        widen(&contiguous(dmerged.0), dmerged.1, wide);
+        let sums = direct([chain, tiny_sq], wide, [weighted, weighted_error, delta.values, base]);
         let [apart, of_delta, of_base] = added(sums);
         Direct { apart, of_delta, of_base }
     }
@@ -159,33 +166,26 @@ impl Row {
     /// The error of what of dV reaches A and W0, where a lookup lets only a fraction of X through, column by column.
     pub fn looked_up_error(&self, of: Backward, fraction: ArrayView1<'_, f64>, error: &mut [f64]) {
         let Self { weighted, weighted_error, dmerged, .. } = self;
+        let (direct, through) = (of.direct(), of.through());
         for (j, (error, c)) in error.iter_mut().zip(fraction).enumerate() {
-            *error = c * c * of.direct(dmerged[j]) + of.through(weighted[j], weighted_error[j]);
+            let (x, v) = (dmerged[j], weighted[j]);
+            *error = c * c * (direct[0] * x * x + direct[1])
+                + (through[0] * weighted_error[j] + through[1] * v * v + through[2]);
         }
     }
 }
 
 impl Backward {
-    /// What comes of X, its own rounding and its sum's among it.
-    #[inline(always)]
-    fn direct(self, x: f64) -> f64 {
-        let (g_sq, x_sq) = (self.gain * self.gain, x * x);
-        g_sq * (self.chain * x_sq + self.tiny_sq + (self.gain_error + 1.0) * x_sq) + self.tiny_sq // E62, E63
+    /// What comes of X, its own rounding and its sum's among it: so many times `X^2`, and so much.
+    fn direct(self) -> [f64; 2] {
+        let g_sq = self.gain * self.gain;
+        [g_sq * (self.chain + self.gain_error + 1.0), (g_sq + 1.0) * self.tiny_sq] // E62, E63
     }
 
-    /// What comes by way of the norm.
-    #[inline(always)]
-    fn through(self, v: f64, v_error: f64) -> f64 {
+    /// What comes by way of the norm: so many times V's error, so many times `V^2`, and so much.
+    fn through(self) -> [f64; 3] {
         let k_sq = self.k * self.k;
-        k_sq * v_error + (self.k_error + k_sq) * v * v + self.tiny_sq // E67
-    }
-}
-
-/// The same numbers plus `added` in another type.
-#[multiversion(targets("x86_64+avx2"))]
-pub(super) fn narrow<P: Scalar>(row: &[f64], added: f64, narrow: &mut [P]) {
-    for (narrow, &value) in narrow.iter_mut().zip(row) {
-        *narrow = P::from_f64(value + added);
+        [k_sq, self.k_error + k_sq, self.tiny_sq] // E67
     }
 }
 
@@ -207,15 +207,16 @@ fn stages(
 ) -> Lanes<3> {
     let Mixing { gamma, beta, rank_chain, tiny_sq } = mixing;
     let (gamma_sq, beta_sq) = (gamma * gamma, beta * beta);
+    let (of_terms, of_delta) = (gamma_sq * rank_chain, gamma_sq * (rank_chain + 1.0)); // E55
+    let once = (gamma_sq + 1.0) * tiny_sq;
     let mut sums = [[0.0; LANES]; 3];
     let inputs = lanes(base).iter().zip(lanes(delta.values)).zip(lanes(delta.terms));
     let results = lanes_mut(weighted).iter_mut().zip(lanes_mut(weighted_error));
     for (((base, delta), terms), (weighted, error)) in inputs.zip(results) {
         for l in 0..LANES {
             let (w, d) = (base[l], delta[l]);
-            let delta_error = rank_chain * (terms[l] + d * d) + tiny_sq; // E55
             let v = gamma * d + beta * w;
-            let v_error = gamma_sq * (delta_error + d * d) + beta_sq * w * w + v * v + tiny_sq; // E56
+            let v_error = of_terms * terms[l] + of_delta * d * d + beta_sq * w * w + v * v + once; // E56
             (weighted[l], error[l]) = (v, v_error);
             sums[0][l] += v * v * v_error;
             sums[1][l] += v * d;
@@ -226,15 +227,25 @@ fn stages(
 }
 
 #[multiversion(targets("x86_64+avx2"))]
-fn terms(
-    [of_error, of_square, of_base]: [f64; 3],
-    weighted_error: &[f64],
-    weighted: &[f64],
-    base: &[f64],
-    terms: &mut [f64],
-) {
+fn terms([of_error, of_square, of_base]: [f64; 3], [weighted_error, weighted, base]: [&[f64]; 3], terms: &mut [f64]) {
     for (((terms, &error), &v), &w) in terms.iter_mut().zip(weighted_error).zip(weighted).zip(base) {
         *terms = of_error * error + of_square * v * v + of_base * w * w; // E59, E60, E152
+    }
+}
+
+/// The same numbers plus `added` in another type.
+#[multiversion(targets("x86_64+avx2"))]
+fn narrow<P: Scalar>(row: &[f64], added: f64, narrow: &mut [P]) {
+    for (narrow, &value) in narrow.iter_mut().zip(row) {
+        *narrow = P::from_f64(value + added);
+    }
+}
+
+/// The same numbers times `scale` in f64.
+#[multiversion(targets("x86_64+avx2"))]
+fn widen<P: Scalar>(row: &[P], scale: f64, wide: &mut [f64]) {
+    for (wide, value) in wide.iter_mut().zip(row) {
+        *wide = value.as_f64() * scale;
     }
 }
 
@@ -242,14 +253,11 @@ fn terms(
 fn direct(
     [chain, tiny_sq]: [f64; 2],
     dmerged: &[f64],
-    weighted: &[f64],
-    weighted_error: &[f64],
-    delta: &[f64],
-    base: &[f64],
+    [weighted, weighted_error, delta, base]: [&[f64]; 4],
 ) -> Lanes<3> {
     let mut sums = [[0.0; LANES]; 3];
-    let rows = lanes(dmerged).iter().zip(lanes(weighted)).zip(lanes(weighted_error)).zip(lanes(delta)).zip(lanes(base));
-    for ((((x, v), v_error), delta), base) in rows {
+    let rows = lanes(weighted).iter().zip(lanes(weighted_error)).zip(lanes(delta)).zip(lanes(base));
+    for (x, (((v, v_error), delta), base)) in lanes(dmerged).iter().zip(rows) {
         for l in 0..LANES {
             let (x, v) = (x[l], v[l]);
             let x_error = chain * x * x + tiny_sq; // E62
@@ -271,6 +279,8 @@ fn backward(
     base: &[f64],
     dweighted_error: &mut [f64],
 ) -> Lanes<2> {
+    let ([of_x, of_x_once], [of_error, of_weighted, through_once]) = (of.direct(), of.through());
+    let once = of_x_once + through_once;
     let mut sums = [[0.0; LANES]; 2];
     let gradient = lanes(dmerged).iter().zip(lanes(weighted)).zip(lanes(weighted_error));
     let parts = lanes(delta.values).iter().zip(lanes(delta.terms)).zip(lanes(base));
@@ -279,7 +289,8 @@ fn backward(
             let (delta_sq, base_sq) = (delta[l] * delta[l], base[l] * base[l]);
             let delta_error = of.rank_chain * (terms[l] + delta_sq) + of.tiny_sq; // E55
             let dv = of.gain * x[l] + of.k * v[l];
-            let (dv_sq, dv_error) = (dv * dv, of.direct(x[l]) + of.through(v[l], v_error[l]));
+            let direct = of_x * x[l] * x[l];
+            let (dv_sq, dv_error) = (dv * dv, direct + of_error * v_error[l] + of_weighted * v[l] * v[l] + once);
             error[l] = dv_error;
             let summed = dv_error + (of.total_chain - 1.0) * dv_sq; // E68
             sums[0][l] += summed * delta_sq + dv_sq * delta_error; // E68

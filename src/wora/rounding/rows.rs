@@ -3,7 +3,7 @@
 //! With `norm_axis = "input"` rows are columns of the weight: `left` is then A and `right` B.
 
 use super::operands::Magnitudes;
-use super::row::{self, Delta, Mixing, Row, Stages, Summed, narrow, padded};
+use super::row::{self, Delta, Mixing, Row, Stages, Summed, padded};
 use crate::Scalar;
 use crate::matmul::{Accumulate, product_into_on_this_thread};
 use crate::wora::NormGradient;
@@ -118,7 +118,7 @@ pub(super) struct Backward<'a, P> {
     pub chain: f64,
     /// `[columns]`: in column j a lookup lets only a fraction of its gradient through.
     pub fraction: Option<&'a Array1<f64>>,
-    /// `sum terms(X) W0^2` and `sum terms(X) D^2`, of the squared terms of X: one each a row, of all rows
+    /// `sum terms(X) W0^2` of the squared terms of X, of these rows, and `sum terms(X) D^2`, of all: one each a row
     pub terms_of_base: &'a Array1<f64>,
     pub terms_of_delta: &'a Array1<f64>,
     /// The gradient of g of all rows, and what the factored way adds to its error.
@@ -258,8 +258,8 @@ impl<'a> Rows<'a> {
             dweighted.axis_chunks_iter_mut(Axis(0), chunk).into_par_iter(),
         );
         let of_chunks = chunks.into_par_iter().enumerate().map_init(
-            || (Few::new(columns), Row::new(columns)),
-            |(few, row), (nth, chunks)| {
+            || (Few::new(columns), Row::new(columns), vec![P::zero(); columns]),
+            |(few, row, apart), (nth, chunks)| {
                 let (mut terms, mut weighted, mut merged, mut dweighted) = chunks;
                 let mut magnitudes = Magnitudes::NONE;
                 let first = rows.start + nth * chunk;
@@ -271,15 +271,17 @@ impl<'a> Rows<'a> {
                         let stages = self.set(few, nth, row);
                         [errors.norm[at], errors.gain[at]] = self.norm_error(i, stages);
                         if !terms.is_empty() {
-                            let sums = row.terms(self.gain(i), errors.gain[at], summed);
-                            magnitudes = magnitudes.and(Magnitudes::of(sums));
-                            let stored = (summed.stored + summed.chain) * self.tiny_sq;
                             let mut terms = terms.row_mut(at);
+                            let gain = [self.gain(i), errors.gain[at]];
+                            let mut add = |terms: &mut [P]| {
+                                magnitudes = magnitudes.and(row.terms(gain, summed, self.tiny_sq, terms));
+                            };
                             match terms.as_slice_mut() {
-                                Some(terms) => narrow(sums, stored, terms),
-                                None => terms.zip_mut_with(&ArrayView1::from(sums), |terms, sum| {
-                                    *terms = P::from_f64(sum + stored);
-                                }),
+                                Some(terms) => add(terms),
+                                None => {
+                                    add(apart);
+                                    terms.assign(&ArrayView1::from(&*apart));
+                                }
                             }
                         }
                         if !weighted.is_empty() {
@@ -326,7 +328,7 @@ impl<'a> Rows<'a> {
         let (i, tiny_sq, chain) = (row.i, self.tiny_sq, of.chain);
         let (delta, dweighted_error) = few.row(nth);
         let direct = row.set_gradient((of.dmerged.0.row(in_block), of.dmerged.1), delta, [chain, tiny_sq]);
-        let terms = [of.terms_of_base[i], of.terms_of_delta[i]];
+        let terms = [of.terms_of_base[in_block], of.terms_of_delta[i]];
         let of_weighted = 2.0 * (beta * beta * terms[0] + (alpha * scaling).powi(2) * terms[1]); // E151
         let [magnitude, k, k_error] = self.through_norm(i, of, errors.norm[at], direct.apart + chain * of_weighted);
         (errors.magnitude[at], errors.norm_weight[at]) = (magnitude, k_error);

@@ -1,11 +1,13 @@
 //! Errors in blocks, and in f32, against those of the whole in f64.
 
+use super::low_rank::Mixed;
+use super::operands::Scaled;
 use super::*;
 use crate::operators::{Conv1d, ConvSettings, Linear};
 use crate::wora::Direction;
-use crate::wora::{Base, Config, Method, NormGradient, RequiresGrad};
+use crate::wora::{Base, Config, Method, NormGradient, RequiresGrad, Workspace};
 use approx::assert_relative_eq;
-use ndarray::IxDyn;
+use ndarray::{ArrayD, IxDyn};
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 
@@ -15,7 +17,7 @@ const STORAGE: Storage = Storage { smallest_normal: 0.0, chain: 512, total_chain
 fn with_passes(
     seed: u64,
     axis: NormAxis,
-    errors: impl FnOnce(&Passes<'_, '_, Linear>, Option<&Cotangent>) -> Option<Evaluation<f64>>,
+    errors: impl FnOnce(&Passes<'_, '_, Linear>) -> Option<Evaluation<f64>>,
 ) -> Option<Vec<ArrayD<f64>>> {
     let mut rng = Pcg64::seed_from_u64(seed);
     let mut draw = |shape: &[usize]| ArrayD::from_shape_simple_fn(IxDyn(shape), || rng.random_range(-1.0..1.0));
@@ -44,8 +46,7 @@ fn with_passes(
         gradients: Some(gradients),
     };
     let passes = Passes::new(&layer, &cache, Some(dy.view()), &results, STORAGE);
-    let cotangent = results.gradients.as_ref().map(|values| Cotangent::new(&passes, values));
-    let Evaluation { y, weighted, weight_norm, gain, merged_weight, gradients } = errors(&passes, cotangent.as_ref())?;
+    let Evaluation { y, weighted, weight_norm, gain, merged_weight, gradients } = errors(&passes)?;
     let Gradients { x, weight, bias, adapter } = gradients.expect("gradients");
     let of_adapter = adapter.named(Linear::LORA_NAMES).into_iter().map(|(_, error)| error.to_owned());
     let all = [
@@ -63,12 +64,10 @@ fn with_passes(
 
 #[test]
 fn errors_do_not_depend_on_how_many_rows_are_looked_at_together() {
-    let whole =
-        with_passes(1, NormAxis::Output, |passes, cotangent| passes.errors::<f64>(cotangent, 35)).expect("errors");
+    let whole = with_passes(1, NormAxis::Output, |passes| passes.errors::<f64>(35)).expect("errors");
     assert_eq!(whole.len(), 13);
     for block in [5, 10, 15] {
-        let blocks = with_passes(1, NormAxis::Output, |passes, cotangent| passes.errors::<f64>(cotangent, block))
-            .expect("errors");
+        let blocks = with_passes(1, NormAxis::Output, |passes| passes.errors::<f64>(block)).expect("errors");
         for (whole, blocks) in whole.iter().zip(&blocks) {
             assert_relative_eq!(whole, blocks, max_relative = 1e-13);
         }
@@ -78,8 +77,8 @@ fn errors_do_not_depend_on_how_many_rows_are_looked_at_together() {
 #[test]
 fn errors_in_f32_are_those_in_f64() {
     for axis in [NormAxis::Output, NormAxis::Input] {
-        let wide = with_passes(2, axis, |passes, cotangent| passes.errors::<f64>(cotangent, BLOCK)).expect("errors");
-        let narrow = with_passes(2, axis, |passes, cotangent| passes.errors::<f32>(cotangent, 10)).expect("errors");
+        let wide = with_passes(2, axis, |passes| passes.errors::<f64>(BLOCK)).expect("errors");
+        let narrow = with_passes(2, axis, |passes| passes.errors::<f32>(10)).expect("errors");
         for (wide, narrow) in wide.iter().zip(&narrow) {
             assert_relative_eq!(wide, narrow, max_relative = 1e-4);
         }
@@ -103,8 +102,7 @@ fn squares_of_low_rank<O: Operator>(operator: O, x: &[usize], rank: usize, axis:
     let (y, cache) = layer.forward(x, None).expect("y");
     let dy = draw(y.shape());
     let dy = in_shape(dy.view(), cache.base_output.dim());
-    let operands =
-        Operands::<O, f64>::new(&layer.operator, layer.weight(), &cache, Some(dy.view()), 0.0).expect("operands");
+    let operands = Operands::<O, f64>::new(&layer, &cache, Some(dy.view()), 0.0).expect("operands");
     let (a, b, in_group) = (layer.a(), layer.b(), units / groups);
     let sum = |of: &dyn Fn(f64) -> f64, (i, j): (usize, usize)| -> f64 {
         (0..b.ncols()).map(|k| of(b[[i, k]] * a[[i / in_group * b.ncols() + k, j]])).sum()
@@ -128,14 +126,17 @@ fn squares_of_low_rank<O: Operator>(operator: O, x: &[usize], rank: usize, axis:
     if axis == NormAxis::Input {
         let (t, a) = (square(&cache.lora_output), Array2::zeros(a.dim()));
 
-        let (squared, dy_sq) = (layer.operator.power(2), square(&dy));
-        let sums = low_rank.inputs(&channels, &weights, &squared, &cache.x, dy_sq.view(), (t.view(), a.view()));
-        let Scaled { values, scale } = operands.inputs(&whole);
+        let squared = (&layer.operator.power(2), &cache.x);
+        let sums = low_rank.inputs(&channels, &weights, squared, &operands, (t.view(), a.view()));
+        let mut all = Sums { outputs: None, inputs: None };
+        operands.add(NormAxis::Input, &Units::all(units), &whole, &mut all);
+        let Scaled { values, scale } = all.inputs.expect("sums");
         assert_relative_eq!(sums.expect("values"), values * scale, max_relative = 1e-12);
         return;
     }
     let u = &cache.lora_output;
-    let (Mixed { sums, scales }, apart) = low_rank.outputs(channels, &weights, (square(u).view(), 0.7));
+    let (Mixed { sums, scales }, apart) =
+        low_rank.outputs(channels, &weights, (square(u).view(), 0.7), &operands.workspace);
     let mut sums = sums * scales.insert_axis(Axis(1));
     if let Some(Scaled { values, scale }) = apart {
         sums += &(values * scale * of_delta);
@@ -168,7 +169,7 @@ fn what_is_small_beside_others_of_its_row_does_not_vanish() {
     let b = Array2::from_shape_vec((2, 2), vec![1.0, 1e-60, 0.0, 1e-60]).expect("two units");
     let ones = || Array1::ones(2);
     let weights = Weights { delta: ones(), terms: ones(), ones: ones() };
-    let Mixed { sums, scales } = low_rank::mix((b.view(), 0, 2), &weights, &u, 1);
+    let Mixed { sums, scales } = low_rank::mix((b.view(), 0, 2), &weights, &u, 1, &Workspace::default());
     let sums: Vec<_> = sums.iter().zip(&scales).map(|(sum, scale)| f64::from(*sum) * scale).collect();
     assert!(4e-60 <= sums[0] && sums[0] < 1e-29);
     assert_relative_eq!(sums[1], 4e-60, max_relative = 1e-6);
