@@ -153,18 +153,14 @@ impl Operator for Linear {
 
     fn adjoint_input_into<T: Scalar>(
         &self,
-        _x: &Self::Input<'_, T>,
+        x: &Self::Input<'_, T>,
         pairs: &[(ArrayView3<'_, T>, ArrayView2<'_, T>)],
-        dx: ArrayViewMutD<'_, T>,
+        mut dx: ArrayViewMutD<'_, T>,
     ) {
-        let mut dx = self.dx_rows(dx);
-        if pairs.is_empty() {
-            dx.fill(T::zero());
-        }
-        for (nth, (dy, weight)) in pairs.iter().enumerate() {
-            let accumulate = if nth == 0 { Accumulate::Replace } else { Accumulate::Add };
-            product_into(T::one(), dy.index_axis(Axis(2), 0), *weight, accumulate, dx.view_mut()); // E3
-        }
+        let Some(((dy, weight), rest)) = pairs.split_first() else { return dx.fill(T::zero()) };
+        let rows = self.dx_rows(dx.view_mut());
+        product_into(T::one(), dy.index_axis(Axis(2), 0), *weight, Accumulate::Replace, rows); // E3
+        self.add_adjoint_input(x, rest, dx);
     }
 
     fn add_adjoint_input<T: Scalar>(

@@ -1,9 +1,9 @@
 //! The backward as far as it comes before the weight's: what is made of dy and of the outputs.
 
-use super::operands::{Operands, Scaled};
+use super::operands::Operands;
 use super::{Passes, square, stored};
 use crate::Scalar;
-use crate::operators::{Operator, channel_square_products, mix_adjoint_input, mix_adjoint_weight};
+use crate::operators::{Operator, channel_square_products, mix_adjoint_input};
 use crate::wora::passes::{column_sums, feature_products};
 use crate::wora::{Direction, Gradients, NormAxis};
 use ndarray::{Array1, Array2, Array3, Axis, CowArray, IxDyn};
@@ -42,23 +42,13 @@ impl<'v> Cotangent<'v> {
         let (dy, groups) = (passes.dy(), layer.operator.groups());
         let outputs = dy.len_of(Axis(0)) * dy.len_of(Axis(2));
         let chain = passes.storage.of_sum(outputs);
-        let dy_sq = operands.dy_sq();
         let (output, mixed) = ((cache.base_output.view(), 0.0), (passes.mixed.view(), passes.tiny_sq));
         let [dy_terms, p_terms, z_terms] = channel_square_products((dy, passes.dy_tiny_sq), [output, mixed]);
         let u_sq = operands.narrowed_up(passes.u_sq.clone(), passes.tiny_sq)?;
-        let of_ranks = Scaled {
-            values: mix_adjoint_weight(dy_sq.values, u_sq.values.view(), groups),
-            scale: dy_sq.scale * u_sq.scale,
-        };
-        let u_terms = (of_ranks.widened() * square(&layer.b())).sum_axis(Axis(1));
+        let u_terms = (operands.mixed_terms(&u_sq).widened() * square(&layer.b())).sum_axis(Axis(1));
         let gained = &layer.b() * &passes.gain_out.view().insert_axis(Axis(1));
         let t = mix_adjoint_input(gained.view(), dy, groups);
-        let gained_sq = operands.narrowed(square(&gained).view())?;
-        let t_terms = Scaled {
-            values: mix_adjoint_input(gained_sq.values.view(), dy_sq.values, groups),
-            scale: dy_sq.scale * gained_sq.scale,
-        };
-        let t_terms = t_terms.widened();
+        let t_terms = operands.mixed_inputs(&operands.narrowed(square(&gained).view())?).widened();
         let t_error = (&t_terms + &stored(&t, passes.tiny_sq)) * passes.chain_of_inputs();
         let du = du(passes, values, &t);
 

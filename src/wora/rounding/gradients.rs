@@ -22,7 +22,7 @@ impl<O: Operator> Passes<'_, '_, O> {
         operands: &Operands<'_, O, P>,
     ) -> Option<Gradients<f64>> {
         let Self { layer, gamma, tiny_sq, .. } = *self;
-        let (operator, adapter) = (&layer.operator, &values.adapter);
+        let adapter = &values.adapter;
         let Cotangent { chain, dy_terms, t, t_terms, t_error, p_terms, z_terms, u_terms, .. } = cotangent;
         let (of_outputs, gain_sq) = (self.chain_of_outputs(), square(&self.gain_out));
         let of_all = self.chain_of_all();
@@ -39,9 +39,7 @@ impl<O: Operator> Passes<'_, '_, O> {
         let u_terms = operands.outputs(&operands.narrowed(a_sq.view())?);
         let often = chain + of_outputs + 1.0;
         let of_u = &self.u_sq * often + u_terms.widened() * *chain;
-        let (of_u, dy_sq) = (operands.narrowed_up(of_u, often * tiny_sq)?, operands.dy_sq());
-        let terms = mix_adjoint_weight(dy_sq.values, of_u.values.view(), operator.groups());
-        let of_u = Scaled { values: terms, scale: dy_sq.scale * of_u.scale };
+        let of_u = operands.mixed_terms(&operands.narrowed_up(of_u, often * tiny_sq)?);
         let lora_b = lora_b + of_u.widened() * gain_sq.view().insert_axis(Axis(1)); // E69
         let of_t = t_error * (chain + 2.0) + t_terms * *chain;
         let of_t = operands.terms_of(&operands.narrowed_up(of_t, (chain + 2.0) * self.chain_of_inputs() * tiny_sq)?);

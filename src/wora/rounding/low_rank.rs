@@ -4,7 +4,7 @@
 use super::operands::{Operands, Scaled};
 use crate::Scalar;
 use crate::matmul::{Accumulate, product_into};
-use crate::operators::{Operator, channel_products, group_slice, mix_adjoint_input, mix_adjoint_weight, mix_into};
+use crate::operators::{Operator, channel_products, group_slice, mix_into};
 use crate::wora::{NormAxis, Workspace};
 use ndarray::{Array1, Array2, Array3, ArrayD, ArrayView2, ArrayView3, Axis, Ix3, Zip};
 
@@ -88,9 +88,8 @@ impl LowRank {
         operands: &Operands<'_, O, P>,
     ) -> Option<Channels<P>> {
         if axis == NormAxis::Input {
-            let (b, dy) = (operands.narrowed(self.b.view())?, operands.dy_sq());
-            let ranks = mix_adjoint_input(b.values.view(), dy.values, self.groups);
-            return Some(Channels { ranks: Scaled { values: ranks, scale: b.scale * dy.scale }, whole: None });
+            let ranks = operands.mixed_inputs(&operands.narrowed(self.b.view())?);
+            return Some(Channels { ranks, whole: None });
         }
         let ranks = operands.outputs(&operands.narrowed(self.a.view())?);
         let whole = match &self.whole {
@@ -112,8 +111,7 @@ impl LowRank {
             NormAxis::Output => {
                 let dy = operands.dy_sq();
                 let mut sums = Array1::zeros(self.b.nrows());
-                let scale = channels.ranks.scale * dy.scale;
-                let of_ranks = mix_adjoint_weight(dy.values, channels.ranks.values.view(), self.groups);
+                let Scaled { values: of_ranks, scale } = operands.mixed_terms(&channels.ranks);
                 for ((sum, b), terms) in sums.iter_mut().zip(self.b.rows()).zip(of_ranks.rows()) {
                     let pairs = b.iter().zip(terms).take(self.pairs);
                     *sum = scale * pairs.map(|(b, terms)| b * terms.as_f64()).sum::<f64>();

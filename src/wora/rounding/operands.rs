@@ -2,7 +2,7 @@
 //! range. How far off a result may be need be known to three digits, and f32 is twice as fast.
 
 use crate::Scalar;
-use crate::operators::{Input, Operator, PARALLEL_ELEMENTS};
+use crate::operators::{Input, Operator, PARALLEL_ELEMENTS, mix_adjoint_input, mix_adjoint_weight};
 use crate::simd::{contiguous, magnitudes, squares};
 use crate::wora::{Cache, Layer, NormAxis, Workspace};
 use ndarray::{
@@ -192,8 +192,13 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
         (if is_transposed { values.reversed_axes() } else { values }, magnitudes)
     }
 
+    /// All of them.
+    fn units(&self) -> Units {
+        Units::all(self.weight.nrows())
+    }
+
     fn all_weight_sq(&self) -> Array2<P> {
-        self.weight_sq(&Units::all(self.weight.nrows())).expect("what fitted before").values
+        self.weight_sq(&self.units()).expect("what fitted before").values
     }
 
     /// What is to be multiplied with the squares of x, or of dy; `None` where products would not keep their digits in P.
@@ -221,7 +226,7 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
 
     /// `dy^2`: `[outer, units, inner]`
     pub fn dy_sq(&self) -> Scaled<ArrayView3<'_, P>> {
-        self.dy_sq_of(&Units::all(self.weight.nrows()))
+        self.dy_sq_of(&self.units())
     }
 
     /// `dy^2` of some units: `[outer, units, inner]`
@@ -233,6 +238,20 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
     pub fn outputs(&self, weight: &Scaled<Array2<P>>) -> Scaled<Array3<P>> {
         let values = self.squared.apply(&self.inputs[0].squares, &[weight.values.view()]).swap_remove(0);
         Scaled { values, scale: weight.scale * self.x_scale.powi(2) }
+    }
+
+    /// `mix*(b, dy^2)` of b `[units, ranks]`: `[outer, groups * ranks, inner]`
+    pub fn mixed_inputs(&self, b: &Scaled<Array2<P>>) -> Scaled<Array3<P>> {
+        let dy = self.dy_sq();
+        let values = mix_adjoint_input(b.values.view(), dy.values, self.operator.groups());
+        Scaled { values, scale: b.scale * dy.scale }
+    }
+
+    /// `mix*(dy^2, u)` of u `[outer, groups * ranks, inner]`: `[units, ranks]`
+    pub fn mixed_terms(&self, u: &Scaled<Array3<P>>) -> Scaled<Array2<P>> {
+        let dy = self.dy_sq();
+        let values = mix_adjoint_weight(dy.values, u.values.view(), self.operator.groups());
+        Scaled { values, scale: u.scale * dy.scale }
     }
 
     /// What W of some units, `[units, fan_in]`, adds to the sums on one side.
@@ -264,7 +283,7 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
 
     /// `l op2(x^2, W0^2) + op(x, W0)^2`, for `x~` and for x.
     pub fn outputs_of_both(&self, chain: f64) -> Array3<f64> {
-        let (weight, weight_sq) = (self.weight(&Units::all(self.weight.nrows())), self.all_weight_sq());
+        let (weight, weight_sq) = (self.weight(&self.units()), self.all_weight_sq());
         let of = |x: &Squared<O::Input<'static, P>>| {
             let terms = self.squared.apply(&x.squares, &[weight_sq.view()]).swap_remove(0);
             let whole = self.operator.apply(&x.values, &[weight.view()]).swap_remove(0);
@@ -277,7 +296,7 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
     pub fn inputs_of_both(&self, chain: f64) -> ArrayD<f64> {
         let (dy, x, weight_sq) = (self.dy(), &self.inputs[0], self.all_weight_sq());
         let terms = self.squared.adjoint_input(&x.squares, &[(dy.squares.view(), weight_sq.view())]);
-        let Scaled { values: whole, scale } = self.base_gradient(std::iter::once(Units::all(self.weight.nrows())));
+        let Scaled { values: whole, scale } = self.base_gradient(std::iter::once(self.units()));
         chained(&terms.expect("values"), &whole, chain, scale)
     }
 
