@@ -43,27 +43,23 @@ pub(super) fn judge<'a>(
         let start = nth * CHUNK;
         let chunk = start..(start + CHUNK).min(actuals.len());
         let [actuals, bounds] = [&actuals, &bounds].map(|values| &values[chunk.clone()]);
-        let (mut errors, mut over, mut largest_over) = (Errors::default(), [0.0; CHUNK], [0.0; CHUNK]);
+        let (mut errors, mut over, mut is_beyond) = (Errors::default(), [0.0; CHUNK], [false; CHUNK]);
         for witness in &witnesses {
             let expected = &witness[chunk.clone()];
             let over = &mut over[..expected.len()];
-            let [absolute, relative, ulps] = compare(spacing, expected, actuals, bounds, over);
-            let (at, &most) = first_largest(over);
+            let [most, absolute, relative, ulps] = compare(spacing, expected, actuals, bounds, over);
+            let at = over.iter().position(|over| *over == most).expect("the largest");
             let there = (start + at, [expected[at], actuals[at], bounds[at]]);
             errors = errors.and(Errors { beyond: 0, over: most, absolute, relative, ulps, worst: Some(there) });
-            for (largest, &over) in largest_over.iter_mut().zip(&*over) {
-                *largest = if over > *largest { over } else { *largest };
+            if most > 1.0 {
+                is_beyond.iter_mut().zip(&*over).for_each(|(is_beyond, over)| *is_beyond |= *over > 1.0);
             }
         }
-        errors.beyond = largest_over.iter().filter(|over| **over > 1.0).count();
+        errors.beyond = is_beyond.iter().filter(|is_beyond| **is_beyond).count();
         errors
     };
     let chunks = (0..actuals.len().div_ceil(CHUNK)).into_par_iter().with_min_len(PARALLEL_ELEMENTS / CHUNK);
     chunks.map(of_chunk).reduce(Errors::default, Errors::and)
-}
-
-fn first_largest(values: &[f64]) -> (usize, &f64) {
-    values.iter().enumerate().reduce(|most, one| if one.1 > most.1 { one } else { most }).expect("an element")
 }
 
 impl Errors {
@@ -81,10 +77,11 @@ impl Errors {
     }
 }
 
-/// Every error over its bound; returns the largest error, relative error, and error in units of the last place.
+/// Every error over its bound; returns the largest of them, and the largest error, relative error, and error in units of the
+/// last place.
 #[multiversion(targets("x86_64+avx2"))]
-fn compare(spacing: Spacing, expected: &[f64], actual: &[f64], bound: &[f64], over: &mut [f64]) -> [f64; 3] {
-    let mut most = [[0.0; LANES]; 3];
+fn compare(spacing: Spacing, expected: &[f64], actual: &[f64], bound: &[f64], over: &mut [f64]) -> [f64; 4] {
+    let mut most = [[0.0; LANES]; 4];
     let mut with = |expected: &[f64], actual: &[f64], bound: &[f64], over: &mut [f64]| {
         for (l, (((&expected, &actual), &bound), over)) in expected.iter().zip(actual).zip(bound).zip(over).enumerate()
         {
@@ -94,7 +91,7 @@ fn compare(spacing: Spacing, expected: &[f64], actual: &[f64], bound: &[f64], ov
             let per_bound = if error == 0.0 { 0.0 } else { error / bound };
             *over = if per_bound.is_nan() || bound.is_nan() { f64::INFINITY } else { per_bound };
             let relative = if error == 0.0 { 0.0 } else { error / expected.abs() };
-            for (most, one) in most.iter_mut().zip([error, relative, error / spacing.at(expected)]) {
+            for (most, one) in most.iter_mut().zip([*over, error, relative, error / spacing.at(expected)]) {
                 most[l] = if one > most[l] { one } else { most[l] };
             }
         }

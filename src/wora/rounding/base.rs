@@ -28,7 +28,7 @@ pub(super) struct AmongWeights {
     /// In dx, unit by unit
     gradient: Array1<f64>,
     /// What `op*(g dy, beta W0)` is to be multiplied by to come near `op*(dy, W0)`, where gains have so much in common. E153
-    pub per_gain: Option<f64>,
+    per_gain: Option<f64>,
 }
 
 impl Base {
@@ -62,6 +62,11 @@ impl Base {
     /// How often dx has `op2*(dy^2, W0^2)` among its errors beside what it has of W', unit by unit. E152
     pub fn of_rows(&self) -> Option<Array1<f64>> {
         if let Self::Summed(of) = self { Some(&of.gradient * 3.0) } else { None } // E152
+    }
+
+    /// Whether `op*(dy, W0)` is to be computed for dx beside what is added up for all units. E152
+    pub fn is_gradient_needed(&self) -> bool {
+        matches!(self, Self::Summed(AmongWeights { per_gain: None, .. }))
     }
 
     /// How often dx has `op*(g dy, beta W0)^2` among its errors for `op*(dy, W0)^2`. E153

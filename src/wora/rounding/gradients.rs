@@ -1,11 +1,11 @@
 //! The errors of the gradients, from what is made of rows of the weight and of the cotangent. SPEC.md, section 8.5.
 
-use super::base::{AmongWeights, Base};
+use super::base::Base;
 use super::cotangent::Cotangent;
 use super::low_rank::Channels;
 use super::operands::{Operands, Scaled};
 use super::rows::{RowErrors, Rows};
-use super::{BLOCK, Passes, Storage, square, terms_of_outputs};
+use super::{Passes, Storage, square, terms_of_outputs};
 use crate::Scalar;
 use crate::operators::{Operator, in_standard_layout, mix_adjoint_weight};
 use crate::wora::{Adapter, Gradients, Layer, NormAxis};
@@ -18,7 +18,7 @@ impl<O: Operator> Passes<'_, '_, O> {
         values: &Gradients<f64>,
         cotangent: &Cotangent,
         errors: &RowErrors,
-        rows: &Rows<'_>,
+        rows: &Rows<'_, P>,
         operands: &Operands<'_, O, P>,
     ) -> Option<Gradients<f64>> {
         let Self { layer, gamma, tiny_sq, .. } = *self;
@@ -101,7 +101,7 @@ impl<O: Operator> Passes<'_, '_, O> {
     }
 
     /// What reaches A and B by way of dV. E69, E70
-    fn pair(&self, rows: &Rows<'_>, errors: &RowErrors, t: &Array3<f64>) -> [Array2<f64>; 2] {
+    fn pair<P>(&self, rows: &Rows<'_, P>, errors: &RowErrors, t: &Array3<f64>) -> [Array2<f64>; 2] {
         let Layer { operator, config, .. } = self.layer;
         let (mut left, right) = (errors.left.clone(), errors.right.clone());
         if let Some(direction) = &self.cache.direction {
@@ -125,7 +125,7 @@ impl<O: Operator> Passes<'_, '_, O> {
     pub(super) fn dx<P: Scalar>(
         &self,
         dx: &ArrayD<f64>,
-        sums: Scaled<ArrayD<P>>,
+        (sums, base_gradient): (Scaled<ArrayD<P>>, Option<Scaled<ArrayD<P>>>),
         channels: Option<&Channels<P>>,
         gain_error: &Array1<f64>,
         cotangent: &Cotangent,
@@ -162,13 +162,13 @@ impl<O: Operator> Passes<'_, '_, O> {
             error += &(du.mapv(|du| du * du) * gain_error);
         }
         match &self.base {
-            Base::Gained | Base::Summed(AmongWeights { per_gain: Some(_), .. }) => {}
+            Base::Gained => {}
             Base::Summed(_) => {
-                let Scaled { values, scale } =
-                    operands.base_gradient(self.blocks(BLOCK).into_iter().map(|(_, units)| units));
-                Zip::from(&mut error).and(&values).par_for_each(|error, whole| {
-                    *error += 3.0 * (scale * whole.as_f64()).powi(2); // E152
-                });
+                if let Some(Scaled { values, scale }) = base_gradient {
+                    Zip::from(&mut error).and(&values).par_for_each(|error, whole| {
+                        *error += 3.0 * (scale * whole.as_f64()).powi(2); // E152
+                    });
+                }
             }
             Base::Apart => {
                 let apart = operands.inputs_of_both(chain);

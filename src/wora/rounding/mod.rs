@@ -246,7 +246,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let factors = layer.factors();
         let of_norm = self.storage.of_total(factors.base.ncols());
         let chains = [of_norm, self.chain_of_all(), self.chain_of_ranks()];
-        let rows = Rows::new(factors, cache.direction.as_ref(), chains, self.tiny_sq);
+        let rows = Rows::<P>::new(factors, cache.direction.as_ref(), chains, self.tiny_sq);
 
         let of_others = if axis == NormAxis::Output { NormAxis::Input } else { NormAxis::Output };
         let is_summed = axis == NormAxis::Output || cotangent.is_some();
@@ -258,8 +258,11 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             Summed { stored: self.stored(of_others), chain: self.chain_of_outputs(), apart: self.base.of_rows() };
         let mut errors = RowErrors::none(layer.base_sq.len(), &rows.factors);
         let mut weights = self.weight_errors(&rows);
-        let mut sums = Sums { outputs: None, inputs: None };
+        let mut sums = Sums { outputs: None, inputs: None, base_gradient: None };
         for (range, units) in self.blocks(block) {
+            if is_wanted && self.base.is_gradient_needed() {
+                operands.add_base_gradient(&units, &mut sums.base_gradient);
+            }
             // On the norms' side W0^2 alone is multiplied, and the sums by what rows have of their own.
             let mut squares = operands.weight_sq(&units)?;
             if is_summed {
@@ -271,6 +274,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             let of_rows = cotangent.zip(dmerged.as_ref()).zip(terms);
             let of_rows = of_rows.map(|((cotangent, x), (terms_of_base, terms_of_delta))| Backward {
                 dmerged: (self.as_weight(x.values.view()), x.scale),
+                error_scale: rows.error_scale(x.scale),
                 chain: cotangent.chain,
                 fraction: cotangent.fraction.as_ref(),
                 terms_of_base,
@@ -284,7 +288,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             let mut elements = self.as_weight(squares.values.view_mut());
             elements.slice_axis_inplace(Axis(1), (..if is_wanted { elements.ncols() } else { 0 }).into());
             let magnitudes =
-                rows.add(range.clone(), of_rows.as_ref(), &mut errors, weights.rows(&range), (elements, &summed));
+                rows.add(range.clone(), of_rows.as_ref(), &mut errors, weights.rows(&range), (elements, &summed))?;
             if !operands.fit(magnitudes) {
                 return None;
             }
@@ -302,6 +306,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             None => None,
         };
         let WeightErrors { weighted, merged, dweighted } = weights;
+        let Sums { outputs, inputs, base_gradient } = sums;
         let stored = |rows: Array2<f64>| layer.operator.stored_weight(self.as_weight(rows));
         let per_norm = |relative: &Array1<f64>, of: &Option<Array1<f64>>| of.as_ref().map(|of| relative * &square(of));
         let (of_y, of_dx) = match axis {
@@ -309,14 +314,16 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
             NormAxis::Input => (None, channels),
         };
         Some(Evaluation {
-            y: self.y(sums.outputs.expect("sums"), of_y, &errors.gain, &operands),
+            y: self.y(outputs.expect("sums"), of_y, &errors.gain, &operands),
             weighted: results.weighted.as_ref().map(|_| stored(weighted)),
             weight_norm: per_norm(&errors.norm, &results.weight_norm),
             gain: per_norm(&errors.gain, &results.gain),
             merged_weight: results.merged_weight.as_ref().map(|_| stored(merged)),
             gradients: gradients.map(|((values, cotangent), others)| {
-                let x = values.x.as_ref().zip(sums.inputs);
-                let x = x.map(|(dx, sums)| self.dx(dx, sums, of_dx.as_ref(), &errors.gain, cotangent, &operands));
+                let x = values.x.as_ref().zip(inputs);
+                let x = x.map(|(dx, inputs)| {
+                    self.dx(dx, (inputs, base_gradient), of_dx.as_ref(), &errors.gain, cotangent, &operands)
+                });
                 let weight = values.weight.as_ref().map(|value| self.dweight(value, dweighted, cotangent, &operands));
                 Gradients { x, weight, ..others }
             }),
@@ -341,7 +348,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
     }
 
     /// Room for the errors of whole weights, where they are wanted.
-    fn weight_errors(&self, rows: &Rows<'_>) -> WeightErrors<Array2<f64>> {
+    fn weight_errors<P>(&self, rows: &Rows<'_, P>) -> WeightErrors<Array2<f64>> {
         let (norms, columns) = rows.factors.base.dim();
         let weight = |wanted: bool| Array2::zeros((norms, if wanted { columns } else { 0 }));
         let Evaluation { weighted, merged_weight, gradients, .. } = self.results;

@@ -12,7 +12,7 @@ use ndarray::{
 use rayon::prelude::*;
 
 /// The squared error of what is 0 may be taken for so much of the largest: its root is a part in ten thousand million.
-const LEAST: f64 = 1e-20;
+pub(super) const LEAST: f64 = 1e-20;
 
 /// The smallest magnitude but 0, and the largest.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -28,13 +28,18 @@ impl Magnitudes {
         Self { least, most }
     }
 
+    /// Of the least and the largest of each of some lanes.
+    pub fn of_lanes<const N: usize>([least, most]: [[f64; N]; 2]) -> Self {
+        Self { least: least.into_iter().fold(f64::INFINITY, f64::min), most: most.into_iter().fold(0.0, f64::max) }
+    }
+
     fn of(values: &[f64]) -> Self {
         let of_part = |part| Self::new(magnitudes(part));
         values.par_chunks(PARALLEL_ELEMENTS).map(of_part).reduce(|| Self::NONE, Self::and)
     }
 
     /// Of an array in whatever order.
-    fn of_array<D: Dimension>(values: ArrayView<'_, f64, D>) -> Self {
+    pub fn of_array<D: Dimension>(values: ArrayView<'_, f64, D>) -> Self {
         values.as_slice_memory_order().map_or_else(|| Self::of(&values.iter().copied().collect::<Vec<_>>()), Self::of)
     }
 
@@ -48,19 +53,19 @@ impl Magnitudes {
     }
 
     /// Of the squares.
-    fn squared(self) -> Self {
+    pub fn squared(self) -> Self {
         Self { least: self.least.powi(2), most: self.most.powi(2) }
     }
 
     /// Of what is divided by its [`Magnitudes::scale`].
-    fn scaled(self) -> Self {
+    pub fn scaled(self) -> Self {
         let scale = self.scale();
         Self { least: self.least / scale, most: self.most / scale }
     }
 }
 
 /// The power of two that divides a magnitude down to a number from 1 up to 2.
-fn power_of_two(magnitude: f64) -> f64 {
+pub(super) fn power_of_two(magnitude: f64) -> f64 {
     if magnitude == 0.0 { 1.0 } else { 2.0_f64.powi(magnitude.log2().floor().clamp(-1000.0, 1000.0) as i32) }
 }
 
@@ -97,6 +102,8 @@ pub(super) struct Sums<P> {
     pub outputs: Option<Scaled<Array3<P>>>,
     /// `op2*(dy^2, W)`, in the shape of x
     pub inputs: Option<Scaled<ArrayD<P>>>,
+    /// `op*(dy, W0)`, not squared, in the shape of x; where it is wanted
+    pub base_gradient: Option<Scaled<ArrayD<P>>>,
 }
 
 /// x, dy and W0, in the type that products are computed in.
@@ -296,20 +303,18 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
     pub fn inputs_of_both(&self, chain: f64) -> ArrayD<f64> {
         let (dy, x, weight_sq) = (self.dy(), &self.inputs[0], self.all_weight_sq());
         let terms = self.squared.adjoint_input(&x.squares, &[(dy.squares.view(), weight_sq.view())]);
-        let Scaled { values: whole, scale } = self.base_gradient(std::iter::once(self.units()));
+        let mut whole = None;
+        self.add_base_gradient(&self.units(), &mut whole);
+        let Scaled { values: whole, scale } = whole.expect("all units");
         chained(&terms.expect("values"), &whole, chain, scale)
     }
 
-    /// `op*(dy, W0)`, in the shape of x, so many units after the other.
-    pub fn base_gradient(&self, blocks: impl Iterator<Item = Units>) -> Scaled<ArrayD<P>> {
-        let mut sums = None;
-        for units in blocks {
-            let (dy, weight) = (units.slice(self.dy().values.view()), self.weight(&units));
-            let (operator, scale) = (units.of(&self.operator), self.dy_scale * self.weight_scale);
-            add_adjoint_input(&operator, &self.inputs[0].values, (dy, weight.view()), scale, &mut sums);
-            self.recycle(weight);
-        }
-        sums.expect("a unit")
+    /// What W0 of some units adds to `op*(dy, W0)`, in the shape of x.
+    pub fn add_base_gradient(&self, units: &Units, sums: &mut Option<Scaled<ArrayD<P>>>) {
+        let (dy, weight) = (units.slice(self.dy().values.view()), self.weight(units));
+        let (operator, scale) = (units.of(&self.operator), self.dy_scale * self.weight_scale);
+        add_adjoint_input(&operator, &self.inputs[0].values, (dy, weight.view()), scale, sums);
+        self.recycle(weight);
     }
 
     /// W0 of some units, in the order in which it lies: `[units, fan_in]`
@@ -358,7 +363,7 @@ impl<'a, O: Operator, P: Scalar> Operands<'a, O, P> {
 }
 
 /// Whether all products of two, of what is made of x, of dy and of a weight, keep their digits in P.
-fn fit<P: Scalar>([x, dy]: [Magnitudes; 2], weight: Magnitudes) -> bool {
+pub(super) fn fit<P: Scalar>([x, dy]: [Magnitudes; 2], weight: Magnitudes) -> bool {
     if P::UNIT_ROUNDOFF == f64::UNIT_ROUNDOFF {
         return true;
     }

@@ -2,13 +2,13 @@
 //!
 //! With `norm_axis = "input"` rows are columns of the weight: `left` is then A and `right` B.
 
-use super::operands::Magnitudes;
+use super::operands::{Magnitudes, Scaled, fit, power_of_two};
 use super::row::{self, Delta, Mixing, Row, Stages, Summed, padded};
 use crate::Scalar;
 use crate::matmul::{Accumulate, product_into_on_this_thread};
 use crate::wora::NormGradient;
 use crate::wora::direction::{Direction, Factors};
-use ndarray::{Array1, Array2, ArrayBase, ArrayView1, ArrayView2, ArrayViewMut2, Axis, DataMut, Ix2, Slice};
+use ndarray::{Array1, Array2, ArrayBase, ArrayView1, ArrayView2, ArrayViewMut2, Axis, DataMut, Ix2, Slice, Zip};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -19,13 +19,14 @@ const PARTS: usize = 8;
 /// So many rows are multiplied by the low-rank factors at once.
 const TOGETHER: usize = 16;
 
-/// The weight, as the norm sees it.
-pub(super) struct Rows<'a> {
+/// The weight, as the norm sees it. Products with the low-rank factors are computed in P.
+pub(super) struct Rows<'a, P> {
     pub factors: Factors<'a, f64>,
-    left_sq: Array2<f64>,
-    right_sq: Array2<f64>,
+    left: Squared<P>,
+    right: Squared<P>,
     /// `None` for LoRA.
     direction: Option<&'a Direction<f64>>,
+    largest_gain: f64,
     /// Of a sum over a row, over all rows, and over the ranks that a unit has
     chain: f64,
     total_chain: f64,
@@ -34,8 +35,24 @@ pub(super) struct Rows<'a> {
     tiny_sq: f64,
 }
 
+/// A low-rank factor and its square.
+struct Squared<P> {
+    values: Scaled<Array2<P>>,
+    squares: Array2<P>,
+    /// Of the squares.
+    magnitudes: Magnitudes,
+}
+
+impl<P: Scalar> Squared<P> {
+    fn new(values: ArrayView2<'_, f64>) -> Self {
+        let magnitudes = Magnitudes::of_array(values).scaled().squared();
+        let values = Scaled::<Array2<P>>::of(values);
+        Self { squares: values.values.mapv(|value| value * value), values, magnitudes }
+    }
+}
+
 /// Errors of some rows, or of all; those of gradients before they are multiplied by `alpha s` or `beta`.
-pub(super) struct RowErrors {
+pub(super) struct RowErrors<P = f64> {
     /// Of n, relative: one a row; 0 for LoRA
     pub norm: Array1<f64>,
     /// Of g, relative: one a row; 0 for LoRA
@@ -45,16 +62,16 @@ pub(super) struct RowErrors {
     /// kappa^2: one a row; zeros where the norm is held
     pub norm_weight: Array1<f64>,
     /// `sum_j error(dV)^2 right^2`: `[rows, rank / groups]`
-    pub left: Array2<f64>,
+    pub left: Array2<P>,
     /// `sum_i error(dV)^2 left^2`: `[rank, columns]`
-    pub right: Array2<f64>,
+    pub right: Array2<P>,
     /// `sum error(dV)^2 D^2 + dV^2 error(D)^2` and what rows share
     pub alpha: f64,
     /// The same for W0, which is exact.
     pub beta: f64,
 }
 
-impl RowErrors {
+impl<P: Scalar> RowErrors<P> {
     /// None yet, of so many rows.
     pub fn none(rows: usize, factors: &Factors<'_, f64>) -> Self {
         let of_rows = || Array1::zeros(rows);
@@ -69,9 +86,11 @@ impl RowErrors {
             beta: 0.0,
         }
     }
+}
 
-    /// Those of some rows among these.
-    fn add(&mut self, start: usize, other: &Self) {
+impl RowErrors {
+    /// Those of some rows among these; what is added up of the low-rank factors is to be multiplied by so much.
+    fn add<P: Scalar>(&mut self, start: usize, other: &RowErrors<P>, [of_left, of_right]: [f64; 2]) {
         let rows = Slice::from(start..start + other.norm.len());
         for (all, some) in [
             (&mut self.norm, &other.norm),
@@ -81,8 +100,10 @@ impl RowErrors {
         ] {
             all.slice_axis_mut(Axis(0), rows).assign(some);
         }
-        self.left.slice_axis_mut(Axis(0), rows).assign(&other.left);
-        self.right += &other.right;
+        Zip::from(self.left.slice_axis_mut(Axis(0), rows)).and(&other.left).for_each(|all, some| {
+            *all = of_left * some.as_f64();
+        });
+        Zip::from(&mut self.right).and(&other.right).for_each(|all, some| *all += of_right * some.as_f64());
         self.alpha += other.alpha;
         self.beta += other.beta;
     }
@@ -114,6 +135,8 @@ impl WeightErrors<Array2<f64>> {
 pub(super) struct Backward<'a, P> {
     /// X, the gradient of W', `[rows, columns]`, and what it is to be multiplied by.
     pub dmerged: (ArrayView2<'a, P>, f64),
+    /// What errors of dV are divided by.
+    pub error_scale: f64,
     /// The chain of a sum over outputs.
     pub chain: f64,
     /// `[columns]`: in column j a lookup lets only a fraction of its gradient through.
@@ -129,46 +152,56 @@ pub(super) struct Backward<'a, P> {
 
 /// A few rows of one group, which are multiplied by the low-rank factors together, each with what [`padded`] adds; the
 /// memory is the next ones' too.
-struct Few {
+struct Few<P> {
     rows: Range<usize>,
     /// Their rows of `right`.
     ranks: Range<usize>,
     columns: usize,
     /// D = B A
-    delta: Array2<f64>,
-    /// `sum_k left^2 right^2`
-    delta_terms: Array2<f64>,
-    /// The error of dV, and of what of it reaches A and W0, without those of the terms of X
-    dweighted_error: Array2<f64>,
-    looked_up_error: Array2<f64>,
+    delta: Scaled<Array2<P>>,
+    /// `sum_k left^2 right^2`, by the square of that scale
+    delta_terms: Array2<P>,
+    /// The error of dV, and of what of it reaches A and W0, without those of the terms of X, by a scale
+    dweighted_error: Array2<P>,
+    looked_up_error: Array2<P>,
+    /// Of these errors.
+    magnitudes: Magnitudes,
 }
 
-impl Few {
-    fn new(columns: usize) -> Self {
+impl<P: Scalar> Few<P> {
+    fn new(columns: usize, scale: f64) -> Self {
         let rows = || Array2::zeros((TOGETHER, padded(columns)));
-        let (delta, delta_terms, dweighted_error, looked_up_error) = (rows(), rows(), rows(), rows());
-        Self { rows: 0..0, ranks: 0..0, columns, delta, delta_terms, dweighted_error, looked_up_error }
+        Self {
+            rows: 0..0,
+            ranks: 0..0,
+            columns,
+            delta: Scaled { values: rows(), scale },
+            delta_terms: rows(),
+            dweighted_error: rows(),
+            looked_up_error: rows(),
+            magnitudes: Magnitudes::NONE,
+        }
     }
 
     /// D of one of them, and beside it room for the error of its dV.
-    fn row(&mut self, nth: usize) -> (Delta<'_>, &mut [f64]) {
+    fn row(&mut self, nth: usize) -> (Delta<'_, P>, &mut [P]) {
         let [values, terms] =
-            [&self.delta, &self.delta_terms].map(|rows| rows.row(nth).to_slice().expect("contiguous"));
-        (Delta { values, terms }, contiguous(&mut self.dweighted_error, nth))
+            [&self.delta.values, &self.delta_terms].map(|rows| rows.row(nth).to_slice().expect("contiguous"));
+        (Delta { values, terms, scale: self.delta.scale }, contiguous(&mut self.dweighted_error, nth))
     }
 
     /// Of what of dV reaches A and W0, of which a lookup may hold something back.
-    fn looked_up_error(&self, held_back: bool) -> ArrayView2<'_, f64> {
+    fn looked_up_error(&self, held_back: bool) -> ArrayView2<'_, P> {
         self.errors(if held_back { &self.looked_up_error } else { &self.dweighted_error })
     }
 
-    fn errors<'e>(&self, errors: &'e Array2<f64>) -> ArrayView2<'e, f64> {
+    fn errors<'e>(&self, errors: &'e Array2<P>) -> ArrayView2<'e, P> {
         let rows = errors.slice_axis(Axis(0), Slice::from(..self.rows.len()));
         rows.slice_axis_move(Axis(1), Slice::from(..self.columns))
     }
 }
 
-impl<'a> Rows<'a> {
+impl<'a, P: Scalar> Rows<'a, P> {
     /// The chains of a sum over a row, over all rows and over ranks; `tiny_sq` is `t^2`.
     pub fn new(
         factors: Factors<'a, f64>,
@@ -176,8 +209,10 @@ impl<'a> Rows<'a> {
         [chain, total_chain, rank_chain]: [f64; 3],
         tiny_sq: f64,
     ) -> Self {
-        let (left_sq, right_sq) = (factors.left.mapv(|l| l * l), factors.right.mapv(|r| r * r));
-        Self { factors, left_sq, right_sq, direction, chain, total_chain, rank_chain, tiny_sq }
+        let [left, right] = [factors.left, factors.right].map(Squared::new);
+        let gains = direction.into_iter().flat_map(|direction| &direction.gain);
+        let largest_gain = gains.map(|gain| gain.abs()).fold(if direction.is_some() { 0.0 } else { 1.0 }, f64::max);
+        Self { factors, left, right, direction, largest_gain, chain, total_chain, rank_chain, tiny_sq }
     }
 
     /// How many of so many rows a thread takes at a time.
@@ -187,7 +222,7 @@ impl<'a> Rows<'a> {
     }
 
     /// These rows, a few of one group at a time, and their rows of `right`.
-    fn in_fews(&self, rows: Range<usize>) -> impl Iterator<Item = [Range<usize>; 2]> + use<> {
+    fn in_fews(&self, rows: Range<usize>) -> impl Iterator<Item = [Range<usize>; 2]> + use<P> {
         let Factors { base, left, groups, .. } = self.factors;
         let (in_group, rank) = (base.nrows() / groups, left.ncols());
         let mut start = rows.start;
@@ -200,21 +235,20 @@ impl<'a> Rows<'a> {
     }
 
     /// D of these rows.
-    fn multiply(&self, [rows, ranks]: [Range<usize>; 2], few: &mut Few) {
-        let Factors { left, right, .. } = self.factors;
-        let product = |left: ArrayView2<'_, f64>, right: ArrayView2<'_, f64>, product: &mut Array2<f64>| {
+    fn multiply(&self, [rows, ranks]: [Range<usize>; 2], few: &mut Few<P>) {
+        let product = |left: &Array2<P>, right: &Array2<P>, product: &mut Array2<P>| {
             let mut product = product.slice_axis_mut(Axis(0), Slice::from(..rows.len()));
             product.slice_axis_inplace(Axis(1), Slice::from(..right.ncols()));
             let (left, right) = (part(left, &rows), part(right, &ranks));
-            product_into_on_this_thread(1.0, left, right, Accumulate::Replace, product);
+            product_into_on_this_thread(P::one(), left, right, Accumulate::Replace, product);
         };
-        product(left, right, &mut few.delta);
-        product(self.left_sq.view(), self.right_sq.view(), &mut few.delta_terms);
+        product(&self.left.values.values, &self.right.values.values, &mut few.delta.values);
+        product(&self.left.squares, &self.right.squares, &mut few.delta_terms);
         (few.rows, few.ranks) = (rows, ranks);
     }
 
     /// The stages of one of them, `nth` among them.
-    fn set(&self, few: &mut Few, nth: usize, row: &mut Row) -> Stages {
+    fn set(&self, few: &mut Few<P>, nth: usize, row: &mut Row) -> Stages {
         let Factors { base, alpha, scaling, beta, .. } = self.factors;
         let mixing = Mixing { gamma: alpha * scaling, beta, rank_chain: self.rank_chain, tiny_sq: self.tiny_sq };
         row.i = few.rows.start + nth;
@@ -240,15 +274,16 @@ impl<'a> Rows<'a> {
     }
 
     /// Adds the errors of some rows, forward and where there is a cotangent backward, and says what sums over them add up:
-    /// `[rows, columns]`, without columns where not wanted. Returns the magnitudes of that, without `t^2`.
-    pub fn add<P: Scalar>(
+    /// `[rows, columns]`, without columns where not wanted. Returns the magnitudes of that, without `t^2`; `None` where P
+    /// has not the range for products of the low-rank factors' squares with the errors.
+    pub fn add(
         &self,
         rows: Range<usize>,
         backward: Option<&Backward<'_, P>>,
         errors: &mut RowErrors,
         weights: WeightErrors<ArrayViewMut2<'_, f64>>,
         (mut terms, summed): (ArrayViewMut2<'_, P>, &Summed),
-    ) -> Magnitudes {
+    ) -> Option<Magnitudes> {
         let (columns, chunk) = (self.factors.base.ncols(), self.chunk(rows.len()));
         let WeightErrors { mut weighted, mut merged, mut dweighted } = weights;
         let chunks = (
@@ -257,11 +292,13 @@ impl<'a> Rows<'a> {
             merged.axis_chunks_iter_mut(Axis(0), chunk).into_par_iter(),
             dweighted.axis_chunks_iter_mut(Axis(0), chunk).into_par_iter(),
         );
+        let scale = self.left.values.scale * self.right.values.scale;
         let of_chunks = chunks.into_par_iter().enumerate().map_init(
-            || (Few::new(columns), Row::new(columns), vec![P::zero(); columns]),
+            || (Few::new(columns, scale), Row::new(columns), vec![P::zero(); columns]),
             |(few, row, apart), (nth, chunks)| {
                 let (mut terms, mut weighted, mut merged, mut dweighted) = chunks;
                 let mut magnitudes = Magnitudes::NONE;
+                few.magnitudes = Magnitudes::NONE;
                 let first = rows.start + nth * chunk;
                 let mut errors = RowErrors::none(weighted.nrows(), &self.factors);
                 for rows_of_few in self.in_fews(first..first + weighted.nrows()) {
@@ -295,7 +332,8 @@ impl<'a> Rows<'a> {
                             self.backward(row, stages, backward, [in_block, nth, at], few, &mut errors);
                             if !dweighted.is_empty() {
                                 let error = few.looked_up_error(backward.fraction.is_some());
-                                dweighted.row_mut(at).assign(&error.row(nth));
+                                let wide = Zip::from(dweighted.row_mut(at)).and(error.row(nth));
+                                wide.for_each(|wide, error| *wide = backward.error_scale * error.as_f64());
                             }
                         }
                     }
@@ -303,26 +341,33 @@ impl<'a> Rows<'a> {
                         self.add_pair(few, backward.fraction.is_some(), first, &mut errors);
                     }
                 }
-                (first, errors, magnitudes)
+                (first, errors, [magnitudes, few.magnitudes])
             },
         );
-        let mut magnitudes = Magnitudes::NONE;
-        for (first, of_chunk, of_terms) in of_chunks.collect::<Vec<_>>() {
-            errors.add(first, &of_chunk);
-            magnitudes = magnitudes.and(of_terms);
+        let error_scale = backward.map_or(1.0, |backward| backward.error_scale);
+        let scales = [&self.right, &self.left].map(|factor| error_scale * factor.values.scale.powi(2));
+        let mut magnitudes = [Magnitudes::NONE; 2];
+        for (first, of_chunk, [of_terms, of_errors]) in of_chunks.collect::<Vec<_>>() {
+            errors.add(first, &of_chunk, scales);
+            magnitudes = [magnitudes[0].and(of_terms), magnitudes[1].and(of_errors)];
         }
-        magnitudes
+        fit::<P>([self.left.magnitudes, self.right.magnitudes], magnitudes[1]).then_some(magnitudes[0])
+    }
+
+    /// What errors of dV are divided by, which come of an X that is to be multiplied by `scale`.
+    pub fn error_scale(&self, scale: f64) -> f64 {
+        power_of_two((scale * self.largest_gain).powi(2))
     }
 
     /// The backward of a row, in X row `in_block`, `nth` among a few, whose errors are those `at`.
-    fn backward<P: Scalar>(
+    fn backward(
         &self,
         row: &mut Row,
         stages: Stages,
         of: &Backward<'_, P>,
         [in_block, nth, at]: [usize; 3],
-        few: &mut Few,
-        errors: &mut RowErrors,
+        few: &mut Few<P>,
+        errors: &mut RowErrors<P>,
     ) {
         let Factors { alpha, scaling, beta, .. } = self.factors;
         let (i, tiny_sq, chain) = (row.i, self.tiny_sq, of.chain);
@@ -334,8 +379,11 @@ impl<'a> Rows<'a> {
         (errors.magnitude[at], errors.norm_weight[at]) = (magnitude, k_error);
         let (gain, gain_error) = (self.gain(i), errors.gain[at]);
         let (total_chain, rank_chain) = (self.total_chain, self.rank_chain);
-        let of_row = row::Backward { gain, gain_error, k, k_error, chain, total_chain, rank_chain, tiny_sq };
-        let [of_delta, of_base] = row.backward(of_row, delta, dweighted_error);
+        let error_scale = of.error_scale;
+        let of_row =
+            row::Backward { gain, gain_error, k, k_error, chain, total_chain, rank_chain, tiny_sq, error_scale };
+        let ([of_delta, of_base], magnitudes) = row.backward(of_row, delta, dweighted_error);
+        few.magnitudes = few.magnitudes.and(magnitudes);
         if let Some(fraction) = of.fraction {
             row.looked_up_error(of_row, fraction.view(), contiguous(&mut few.looked_up_error, nth));
         }
@@ -347,7 +395,7 @@ impl<'a> Rows<'a> {
     }
 
     /// The error of dm, and k with its error.
-    fn through_norm<P>(&self, i: usize, of: &Backward<'_, P>, norm_error: f64, apart: f64) -> [f64; 3] {
+    fn through_norm(&self, i: usize, of: &Backward<'_, P>, norm_error: f64, apart: f64) -> [f64; 3] {
         let Some(direction) = self.direction else { return [0.0; 3] };
         let (norm, n, c) = (direction.norm[i], direction.weight_norm[i], of.dgain[i]);
         if n == 0.0 {
@@ -365,22 +413,22 @@ impl<'a> Rows<'a> {
     }
 
     /// What a few rows add to the errors of the low-rank factors.
-    fn add_pair(&self, few: &Few, held_back: bool, first: usize, errors: &mut RowErrors) {
+    fn add_pair(&self, few: &Few<P>, held_back: bool, first: usize, errors: &mut RowErrors<P>) {
         let Few { rows, ranks, .. } = few;
         let left = errors.left.slice_axis_mut(Axis(0), Slice::from(rows.start - first..rows.end - first));
         let right = errors.right.slice_axis_mut(Axis(0), ranks.clone().into());
-        let product = |a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>, c: ArrayViewMut2<'_, f64>| {
-            product_into_on_this_thread(1.0, a, b, Accumulate::Add, c);
+        let product = |a: ArrayView2<'_, P>, b: ArrayView2<'_, P>, c: ArrayViewMut2<'_, P>| {
+            product_into_on_this_thread(P::one(), a, b, Accumulate::Add, c);
         };
         let (of_left, of_right) = (few.errors(&few.dweighted_error), few.looked_up_error(held_back));
-        product(of_left, part(self.right_sq.view(), ranks).t(), left);
-        product(part(self.left_sq.view(), rows).t(), of_right, right);
+        product(of_left, part(&self.right.squares, ranks).t(), left);
+        product(part(&self.left.squares, rows).t(), of_right, right);
     }
 }
 
 /// Some rows of a matrix.
-fn part<'m>(matrix: ArrayView2<'m, f64>, rows: &Range<usize>) -> ArrayView2<'m, f64> {
-    matrix.slice_axis_move(Axis(0), rows.clone().into())
+fn part<'m, P>(matrix: &'m Array2<P>, rows: &Range<usize>) -> ArrayView2<'m, P> {
+    matrix.slice_axis(Axis(0), rows.clone().into())
 }
 
 /// A row of an array whose rows lie contiguous.

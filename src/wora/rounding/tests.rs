@@ -11,12 +11,22 @@ use ndarray::{ArrayD, IxDyn};
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 
-const STORAGE: Storage = Storage { smallest_normal: 0.0, chain: 512, total_chain: 512 };
+const STORAGE: Storage = Storage { smallest_normal: f32::MIN_POSITIVE as f64, chain: 512, total_chain: 512 };
 
-/// Every error of a masked layer of 7 units, by `errors`.
+/// How small the first row of each is.
+#[derive(Clone, Copy)]
+struct Small {
+    lora_a: f64,
+    lora_b: f64,
+    magnitude: f64,
+}
+
+const AS_OTHERS: Small = Small { lora_a: 1.0, lora_b: 1.0, magnitude: 1.0 };
+
+/// Every error of a masked layer of 7 units, whose first rows are `small` times what others are, by `errors`.
 fn with_passes(
     seed: u64,
-    axis: NormAxis,
+    (axis, small): (NormAxis, Small),
     errors: impl FnOnce(&Passes<'_, '_, Linear>) -> Option<Evaluation<f64>>,
 ) -> Option<Vec<ArrayD<f64>>> {
     let mut rng = Pcg64::seed_from_u64(seed);
@@ -25,10 +35,15 @@ fn with_passes(
     let config = Config { norm_axis: axis, norm_gradient: NormGradient::Full, ..Config::new(Method::Wora, 1.5) };
     let base = Base { weight: draw(&[7, 5]).into(), bias: Some(draw(&[7])) };
     let norms = if axis == NormAxis::Output { 7 } else { 5 };
+    let mut draw_rows = |shape: &[usize], small: f64| {
+        let mut rows = draw(shape);
+        rows.index_axis_mut(Axis(0), 0).mapv_inplace(|value| value * small);
+        rows
+    };
     let adapter = Adapter {
-        lora_a: draw(&[2, 5]),
-        lora_b: draw(&[7, 2]),
-        magnitude: Some(draw(&[norms])),
+        lora_a: draw_rows(&[2, 5], small.lora_a),
+        lora_b: draw_rows(&[7, 2], small.lora_b),
+        magnitude: Some(draw_rows(&[norms], small.magnitude)),
         alpha: Some(draw(&[])),
         beta: Some(draw(&[])),
     };
@@ -64,10 +79,11 @@ fn with_passes(
 
 #[test]
 fn errors_do_not_depend_on_how_many_rows_are_looked_at_together() {
-    let whole = with_passes(1, NormAxis::Output, |passes| passes.errors::<f64>(35)).expect("errors");
+    let whole = with_passes(1, (NormAxis::Output, AS_OTHERS), |passes| passes.errors::<f64>(35)).expect("errors");
     assert_eq!(whole.len(), 13);
     for block in [5, 10, 15] {
-        let blocks = with_passes(1, NormAxis::Output, |passes| passes.errors::<f64>(block)).expect("errors");
+        let blocks =
+            with_passes(1, (NormAxis::Output, AS_OTHERS), |passes| passes.errors::<f64>(block)).expect("errors");
         for (whole, blocks) in whole.iter().zip(&blocks) {
             assert_relative_eq!(whole, blocks, max_relative = 1e-13);
         }
@@ -77,10 +93,35 @@ fn errors_do_not_depend_on_how_many_rows_are_looked_at_together() {
 #[test]
 fn errors_in_f32_are_those_in_f64() {
     for axis in [NormAxis::Output, NormAxis::Input] {
-        let wide = with_passes(2, axis, |passes| passes.errors::<f64>(BLOCK)).expect("errors");
-        let narrow = with_passes(2, axis, |passes| passes.errors::<f32>(10)).expect("errors");
+        let wide = with_passes(2, (axis, AS_OTHERS), |passes| passes.errors::<f64>(BLOCK)).expect("errors");
+        let narrow = with_passes(2, (axis, AS_OTHERS), |passes| passes.errors::<f32>(10)).expect("errors");
         for (wide, narrow) in wide.iter().zip(&narrow) {
             assert_relative_eq!(wide, narrow, max_relative = 1e-4);
+        }
+    }
+}
+
+#[test]
+fn f32_is_not_used_where_it_has_not_the_range() {
+    type OfRows = fn(f64) -> Small;
+    let of_rows: [(OfRows, f64); 4] = [
+        (|lora_a| Small { lora_a, ..AS_OTHERS }, 1e-22),
+        (|lora_b| Small { lora_b, ..AS_OTHERS }, 1e-22),
+        (|magnitude| Small { magnitude, ..AS_OTHERS }, 1e-22),
+        // Neither alone is too small.
+        (|both| Small { lora_a: both, magnitude: both, ..AS_OTHERS }, 1e-11),
+    ];
+    for (axis, (small, unfit)) in
+        [NormAxis::Output, NormAxis::Input].into_iter().flat_map(|axis| of_rows.map(|of| (axis, of)))
+    {
+        let narrow = |small| with_passes(2, (axis, small), |passes| passes.errors::<f32>(10));
+        let fit = small(1e-5);
+        let wide = with_passes(2, (axis, fit), |passes| passes.errors::<f64>(BLOCK)).expect("errors");
+        for (wide, narrow) in wide.iter().zip(&narrow(fit).expect("errors")) {
+            assert_relative_eq!(wide, narrow, max_relative = 1e-4);
+        }
+        for unfit in [unfit, 1e-50, 1e-100] {
+            assert!(narrow(small(unfit)).is_none());
         }
     }
 }
@@ -128,7 +169,7 @@ fn squares_of_low_rank<O: Operator>(operator: O, x: &[usize], rank: usize, axis:
 
         let squared = (&layer.operator.power(2), &cache.x);
         let sums = low_rank.inputs(&channels, &weights, squared, &operands, (t.view(), a.view()));
-        let mut all = Sums { outputs: None, inputs: None };
+        let mut all = Sums { outputs: None, inputs: None, base_gradient: None };
         operands.add(NormAxis::Input, &Units::all(units), &whole, &mut all);
         let Scaled { values, scale } = all.inputs.expect("sums");
         assert_relative_eq!(sums.expect("values"), values * scale, max_relative = 1e-12);
