@@ -246,7 +246,7 @@ impl<'a, 'x, O: Operator> Passes<'a, 'x, O> {
         let factors = layer.factors();
         let of_norm = self.storage.of_total(factors.base.ncols());
         let chains = [of_norm, self.chain_of_all(), self.chain_of_ranks()];
-        let rows = Rows::<P>::new(factors, cache.direction.as_ref(), chains, self.tiny_sq);
+        let rows = Rows::<P>::new(factors, cache.direction.as_ref(), chains, self.tiny_sq)?;
 
         let of_others = if axis == NormAxis::Output { NormAxis::Input } else { NormAxis::Output };
         let is_summed = axis == NormAxis::Output || cotangent.is_some();

@@ -15,17 +15,20 @@ struct Factors {
     sums: Vec<f64>,
     mixed: Vec<f64>,
     base_sq: Vec<f64>,
-    both: Vec<f64>,
     lora_sq: Vec<f64>,
+    /// Of P and of Z, before they are added up and squared: of what all terms of an output share, which may cancel.
+    base: Vec<f64>,
+    lora: Vec<f64>,
     y_sq: f64,
     once: Vec<f64>,
 }
 
 /// The error of one output, from its unit's factors and what it has of them: the sums, what is mixed, P, Z and y.
 #[inline(always)]
-fn error([sums, mixed, base_sq, both, lora_sq, y_sq, once]: [f64; 7], of: [f64; 5]) -> f64 {
+fn error([sums, mixed, base_sq, lora_sq, base, lora, y_sq, once]: [f64; 8], of: [f64; 5]) -> f64 {
     let [of_sums, of_mixed, p, z, y] = of;
-    sums * of_sums + mixed * of_mixed + base_sq * p * p + both * p * z + lora_sq * z * z + y_sq * y * y + once // E61
+    let shared = base * p + lora * z;
+    sums * of_sums + mixed * of_mixed + base_sq * p * p + lora_sq * z * z + shared * shared + y_sq * y * y + once // E61
 }
 
 /// Those of the units at one place, where there is one inner position.
@@ -34,16 +37,16 @@ fn of_units<P: Scalar>(of: &Factors, [sums, mixed]: [&[P]; 2], [p, z, y]: [&[f64
     let n = errors.len();
     let (sums, mixed, p, z, y) = (&sums[..n], &mixed[..n], &p[..n], &z[..n], &y[..n]);
     let (of_sums, of_mixed, base_sq) = (&of.sums[..n], &of.mixed[..n], &of.base_sq[..n]);
-    let (both, lora_sq, once) = (&of.both[..n], &of.lora_sq[..n], &of.once[..n]);
+    let (lora_sq, base, lora, once) = (&of.lora_sq[..n], &of.base[..n], &of.lora[..n], &of.once[..n]);
     for i in 0..n {
-        let factors = [of_sums[i], of_mixed[i], base_sq[i], both[i], lora_sq[i], of.y_sq, once[i]];
+        let factors = [of_sums[i], of_mixed[i], base_sq[i], lora_sq[i], base[i], lora[i], of.y_sq, once[i]];
         errors[i] = error(factors, [sums[i].as_f64(), mixed[i].as_f64(), p[i], z[i], y[i]]);
     }
 }
 
 /// Those of one unit, at every inner position.
 #[multiversion(targets("x86_64+avx2"))]
-fn of_places<P: Scalar>(unit: [f64; 7], [sums, mixed]: [&[P]; 2], [p, z, y]: [&[f64]; 3], errors: &mut [f64]) {
+fn of_places<P: Scalar>(unit: [f64; 8], [sums, mixed]: [&[P]; 2], [p, z, y]: [&[f64]; 3], errors: &mut [f64]) {
     let n = errors.len();
     let (sums, mixed, p, z, y) = (&sums[..n], &mixed[..n], &p[..n], &z[..n], &y[..n]);
     for q in 0..n {
@@ -61,7 +64,8 @@ fn errors<P: Scalar>(of: &Factors, sums: [&[P]; 2], outputs: [&[f64]; 3], errors
     for (i, errors) in errors.chunks_exact_mut(inner).enumerate() {
         let unit = i * inner..(i + 1) * inner;
         let (sums, outputs) = (sums.map(|part| &part[unit.clone()]), outputs.map(|part| &part[unit.clone()]));
-        let factors = [of.sums[i], of.mixed[i], of.base_sq[i], of.both[i], of.lora_sq[i], of.y_sq, of.once[i]];
+        let [base, lora] = [of.base[i], of.lora[i]];
+        let factors = [of.sums[i], of.mixed[i], of.base_sq[i], of.lora_sq[i], base, lora, of.y_sq, of.once[i]];
         of_places(factors, sums, outputs, errors);
     }
 }
@@ -105,9 +109,10 @@ impl<O: Operator> Passes<'_, '_, O> {
         let factors = Factors {
             sums: ((of_base + apart[0]) * sums.scale).to_vec(),
             mixed: scales.to_vec(),
-            base_sq: ((&shared + 1.0) * &base * &base + (1.0 + apart[1])).to_vec(),
-            both: (&shared * &base * &lora * 2.0).to_vec(),
-            lora_sq: ((&shared + 2.0) * &lora * &lora).to_vec(),
+            base_sq: (&base * &base + (1.0 + apart[1])).to_vec(),
+            lora_sq: (&lora * &lora * 2.0).to_vec(),
+            base: (&base * &shared.sqrt()).to_vec(),
+            lora: (&lora * &shared.sqrt()).to_vec(),
             y_sq: chain,
             once: (0..units).map(|i| bias.map_or(0.0, |bias| bias[i] * bias[i]) + tiny_sq).collect(),
         };

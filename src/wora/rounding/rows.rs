@@ -18,6 +18,8 @@ const ELEMENTS: usize = 1 << 15;
 const PARTS: usize = 8;
 /// So many rows are multiplied by the low-rank factors at once.
 const TOGETHER: usize = 16;
+/// Where less than this is left of the squares that make up a row of V, D in f32 says too little of it.
+const CANCELS: f64 = 1e-6;
 
 /// The weight, as the norm sees it. Products with the low-rank factors are computed in P.
 pub(super) struct Rows<'a, P> {
@@ -202,17 +204,21 @@ impl<P: Scalar> Few<P> {
 }
 
 impl<'a, P: Scalar> Rows<'a, P> {
-    /// The chains of a sum over a row, over all rows and over ranks; `tiny_sq` is `t^2`.
+    /// The chains of a sum over a row, over all rows and over ranks; `tiny_sq` is `t^2`. `None` where P is too coarse
+    /// for V.
     pub fn new(
         factors: Factors<'a, f64>,
         direction: Option<&'a Direction<f64>>,
         [chain, total_chain, rank_chain]: [f64; 3],
         tiny_sq: f64,
-    ) -> Self {
+    ) -> Option<Self> {
+        if P::UNIT_ROUNDOFF > f64::UNIT_ROUNDOFF && direction.is_some_and(|direction| cancels(&factors, direction)) {
+            return None;
+        }
         let [left, right] = [factors.left, factors.right].map(Squared::new);
         let gains = direction.into_iter().flat_map(|direction| &direction.gain);
         let largest_gain = gains.map(|gain| gain.abs()).fold(if direction.is_some() { 0.0 } else { 1.0 }, f64::max);
-        Self { factors, left, right, direction, largest_gain, chain, total_chain, rank_chain, tiny_sq }
+        Some(Self { factors, left, right, direction, largest_gain, chain, total_chain, rank_chain, tiny_sq })
     }
 
     /// How many of so many rows a thread takes at a time.
@@ -424,6 +430,21 @@ impl<'a, P: Scalar> Rows<'a, P> {
         product(of_left, part(&self.right.squares, ranks).t(), left);
         product(part(&self.left.squares, rows).t(), of_right, right);
     }
+}
+
+/// Whether the parts of V nearly cancel in some row, ranks among them.
+fn cancels(factors: &Factors<'_, f64>, direction: &Direction<f64>) -> bool {
+    let Factors { base_sq, left, right, groups, alpha, scaling, beta, .. } = *factors;
+    let (in_group, rank) = (base_sq.len() / groups, left.ncols());
+    let right_sq = right.map_axis(Axis(1), |row| row.dot(&row));
+    (0..base_sq.len()).any(|i| {
+        let ranks = i / in_group * rank..(i / in_group + 1) * rank;
+        let terms: f64 =
+            left.row(i).iter().zip(right_sq.slice_axis(Axis(0), ranks.into())).map(|(l, r)| l * l * r).sum();
+        let parts = (alpha * scaling).powi(2) * terms + beta * beta * base_sq[i];
+        let is_kept = direction.weight_norm[i].powi(2) >= CANCELS * parts;
+        !is_kept
+    })
 }
 
 /// Some rows of a matrix.

@@ -5,7 +5,7 @@ use super::operands::Scaled;
 use super::*;
 use crate::operators::{Conv1d, ConvSettings, Linear};
 use crate::wora::Direction;
-use crate::wora::{Base, Config, Method, NormGradient, RequiresGrad, Workspace};
+use crate::wora::{Base, Config, Method, NormGradient, RequiresGrad, Workspace, as_matrix};
 use approx::assert_relative_eq;
 use ndarray::{ArrayD, IxDyn};
 use rand::{RngExt, SeedableRng};
@@ -13,15 +13,16 @@ use rand_pcg::Pcg64;
 
 const STORAGE: Storage = Storage { smallest_normal: f32::MIN_POSITIVE as f64, chain: 512, total_chain: 512 };
 
-/// How small the first row of each is.
+/// How small the first row of each is, and what is left of its parts in the first row of V.
 #[derive(Clone, Copy)]
 struct Small {
     lora_a: f64,
     lora_b: f64,
     magnitude: f64,
+    weighted: f64,
 }
 
-const AS_OTHERS: Small = Small { lora_a: 1.0, lora_b: 1.0, magnitude: 1.0 };
+const AS_OTHERS: Small = Small { lora_a: 1.0, lora_b: 1.0, magnitude: 1.0, weighted: 1.0 };
 
 /// Every error of a masked layer of 7 units, whose first rows are `small` times what others are, by `errors`.
 fn with_passes(
@@ -33,7 +34,7 @@ fn with_passes(
     let mut draw = |shape: &[usize]| ArrayD::from_shape_simple_fn(IxDyn(shape), || rng.random_range(-1.0..1.0));
     let operator = Linear { in_features: 5, out_features: 7, fan_in_fan_out: false };
     let config = Config { norm_axis: axis, norm_gradient: NormGradient::Full, ..Config::new(Method::Wora, 1.5) };
-    let base = Base { weight: draw(&[7, 5]).into(), bias: Some(draw(&[7])) };
+    let mut base = Base { weight: draw(&[7, 5]).into(), bias: Some(draw(&[7])) };
     let norms = if axis == NormAxis::Output { 7 } else { 5 };
     let mut draw_rows = |shape: &[usize], small: f64| {
         let mut rows = draw(shape);
@@ -47,6 +48,17 @@ fn with_passes(
         alpha: Some(draw(&[])),
         beta: Some(draw(&[])),
     };
+    if small.weighted < 1.0 {
+        let delta = as_matrix(&adapter.lora_b).dot(&as_matrix(&adapter.lora_a));
+        let per_beta =
+            config.scaling * adapter.alpha.as_ref().expect("alpha").sum() / adapter.beta.as_ref().expect("beta").sum();
+        let along = Axis(if axis == NormAxis::Output { 0 } else { 1 });
+        let mut weight = base.weight.to_owned();
+        let mut row = weight.index_axis_mut(along, 0);
+        let opposite = delta.index_axis(along, 0).mapv(|d| -per_beta * d);
+        row.zip_mut_with(&opposite, |w, opposite| *w = *w * small.weighted + opposite);
+        base.weight = weight.into();
+    }
     let layer = Layer::new(operator, config, base, adapter).expect("a layer");
     let (x, mask, dy) = (draw(&[3, 5]), draw(&[3, 5]).mapv(|kept| if kept > 0.0 { 2.0 } else { 0.0 }), draw(&[3, 7]));
     let (y, cache) = layer.forward(x.into(), Some(mask.view())).expect("y");
@@ -104,10 +116,11 @@ fn errors_in_f32_are_those_in_f64() {
 #[test]
 fn f32_is_not_used_where_it_has_not_the_range() {
     type OfRows = fn(f64) -> Small;
-    let of_rows: [(OfRows, f64); 4] = [
+    let of_rows: [(OfRows, f64); 5] = [
         (|lora_a| Small { lora_a, ..AS_OTHERS }, 1e-22),
         (|lora_b| Small { lora_b, ..AS_OTHERS }, 1e-22),
         (|magnitude| Small { magnitude, ..AS_OTHERS }, 1e-22),
+        (|weighted| Small { weighted: 1e3 * weighted, ..AS_OTHERS }, 1e-8),
         // Neither alone is too small.
         (|both| Small { lora_a: both, magnitude: both, ..AS_OTHERS }, 1e-11),
     ];
@@ -199,6 +212,18 @@ fn squares_of_low_rank_are_those_of_every_element() {
         let settings = ConvSettings { groups: 3, ..ConvSettings::default() };
         let conv = Conv1d::from_weight_shape(settings, &[18, 2, 2]).expect("a convolution");
         squares_of_low_rank(conv, &[2, 6, 7], rank, NormAxis::Output);
+    }
+}
+
+/// What all terms of an output share is large where V cancels, and is itself what is left of parts that cancel.
+#[test]
+fn errors_are_no_less_than_zero_where_parts_cancel() {
+    for axis in [NormAxis::Output, NormAxis::Input] {
+        for weighted in [1e-3, 1e-6, 1e-9, 1e-12] {
+            let small = Small { weighted, ..AS_OTHERS };
+            let errors = with_passes(3, (axis, small), |passes| passes.errors::<f64>(BLOCK)).expect("errors");
+            assert!(errors.iter().flatten().all(|error| *error >= 0.0));
+        }
     }
 }
 
