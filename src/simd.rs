@@ -116,6 +116,13 @@ pub(crate) fn all_finite<T: Scalar>(values: &[T]) -> bool {
     sums.iter().all(|sum| sum.is_finite()) && rest.iter().all(|value| value.is_finite())
 }
 
+/// Takes a magnitude into the smallest but 0 and the largest. A minimum that looks out for NaN would be slower.
+#[inline(always)]
+pub(crate) fn reach(magnitude: f64, least: &mut f64, most: &mut f64) {
+    *least = if magnitude > 0.0 && magnitude < *least { magnitude } else { *least };
+    *most = if magnitude > *most { magnitude } else { *most };
+}
+
 /// `into_j = (scale values_j)^2`, of as many as both have; returns the squares' [`magnitudes`].
 #[multiversion(targets("x86_64+avx2"))]
 pub(crate) fn squares<T: Scalar>(values: &[f64], scale: f64, into: &mut [T]) -> [f64; 2] {
@@ -123,8 +130,7 @@ pub(crate) fn squares<T: Scalar>(values: &[f64], scale: f64, into: &mut [T]) -> 
     let mut with = |values: &[f64], into: &mut [T]| {
         for (((value, into), least), most) in values.iter().zip(into).zip(&mut least).zip(&mut most) {
             let square = (value * scale) * (value * scale);
-            *least = if square > 0.0 && square < *least { square } else { *least };
-            *most = if square > *most { square } else { *most };
+            reach(square, least, most);
             *into = T::from_f64(square);
         }
     };
@@ -141,9 +147,7 @@ pub(crate) fn magnitudes(values: &[f64]) -> [f64; 2] {
     let (mut least, mut most) = ([f64::INFINITY; LANES], [0.0; LANES]);
     let mut with = |chunk: &[f64]| {
         for ((least, most), value) in least.iter_mut().zip(&mut most).zip(chunk) {
-            let magnitude = value.abs();
-            *least = if magnitude > 0.0 && magnitude < *least { magnitude } else { *least };
-            *most = if magnitude > *most { magnitude } else { *most };
+            reach(value.abs(), least, most);
         }
     };
     chunks.iter().for_each(|chunk| with(chunk));

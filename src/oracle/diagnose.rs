@@ -149,7 +149,7 @@ pub fn judge(file: &CaseFile, tolerance: Tolerance) -> Result<(Vec<TensorVerdict
 fn explain(file: &CaseFile, expected: &Expected, tensors: &[TensorVerdict]) -> Result<Diagnosis> {
     let subject = registry::layer(&file.case.layer)?;
     let first_diverging = first_diverging(tensors).map(Into::into);
-    let elements = file.case.values("base.weight")?.len();
+    let elements = file.case.stored("base.weight")?.len();
     let mut facts = facts(file, expected, tensors);
     if elements > SMALL {
         facts.push(format!(

@@ -3,7 +3,7 @@
 
 use super::operands::{LEAST, Magnitudes};
 use crate::Scalar;
-use crate::simd::contiguous;
+use crate::simd::{contiguous, reach};
 use multiversion::multiversion;
 use ndarray::{Array1, ArrayView1};
 
@@ -248,8 +248,7 @@ fn terms<P: Scalar>(
     let mut with = |((error, v), w): ((&[f64; LANES], &[f64; LANES]), &[f64; LANES]), terms: &mut [P; LANES]| {
         for l in 0..LANES {
             let square = of_error * error[l] + of_square * v[l] * v[l] + of_base * w[l] * w[l]; // E59, E60, E152
-            least[l] = if square > 0.0 && square < least[l] { square } else { least[l] };
-            most[l] = if square > most[l] { square } else { most[l] };
+            reach(square, &mut least[l], &mut most[l]);
             terms[l] = P::from_f64(square + once);
         }
     };
@@ -316,8 +315,7 @@ fn backward<P: Scalar>(
             let (dv_sq, dv_error) = (dv * dv, direct + of_error * v_error[l] + of_weighted * v[l] * v[l] + once);
             let scaled = dv_error * per_scale;
             let scaled = if dv_error > 0.0 && dv_error <= of_zero && scaled < LEAST { LEAST } else { scaled };
-            least[l] = if scaled > 0.0 && scaled < least[l] { scaled } else { least[l] };
-            most[l] = if scaled > most[l] { scaled } else { most[l] };
+            reach(scaled, &mut least[l], &mut most[l]);
             error[l] = P::from_f64(scaled);
             let summed = dv_error + (of.total_chain - 1.0) * dv_sq; // E68
             sums[0][l] += summed * delta_sq + dv_sq * delta_error; // E68
