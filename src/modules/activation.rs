@@ -47,14 +47,22 @@ fn times<T: Scalar>(dy: ArrayD<T>, kept: &ArrayD<T>, slope: impl Fn(T) -> T + Sy
 pub struct Relu {}
 
 impl<T: Scalar> Module<T> for Relu {
-    fn forward<'m>(&'m self, x: Signal<T>, _: &Pass<'m, T>) -> Result<Forward<'m, T>> {
+    fn forward<'m>(&'m self, x: Signal<T>, pass: &Pass<'m, T>) -> Result<Forward<'m, T>> {
         let x = in_standard_layout(x.values()?);
-        let mut y = x.clone();
+        let mut y = pass.array(x.shape());
         // A comparison that keeps NaN: what is wrong must be seen.
         let positive = |x: T| if x <= T::zero() { T::zero() } else { x };
         in_chunks(&mut y, &x, |y, x| y.iter_mut().zip(x).for_each(|(y, &x)| *y = positive(x))); // E81
         let slope = |x| if x > T::zero() { T::one() } else { T::zero() };
-        Ok((y, Box::new(move |dy| Ok(Back::of_input(times(dy, &x, slope)))))) // E82
+        let pass = pass.clone();
+        Ok((
+            y,
+            Box::new(move |dy| {
+                let dx = times(dy, &x, slope); // E82
+                pass.recycle(x);
+                Ok(Back::of_input(dx))
+            }),
+        ))
     }
 }
 
@@ -193,12 +201,20 @@ impl Described for GeluSettings {
 pub struct Tanh {}
 
 impl<T: Scalar> Module<T> for Tanh {
-    fn forward<'m>(&'m self, x: Signal<T>, _: &Pass<'m, T>) -> Result<Forward<'m, T>> {
-        let x = in_standard_layout(x.values()?);
-        let mut y = x.clone();
-        in_chunks(&mut y, &x, |y, _| T::tanh_each(y)); // E87
-        let kept = y.clone();
-        Ok((y, Box::new(move |dy| Ok(Back::of_input(times(dy, &kept, |y| T::one() - y * y)))))) // E88
+    fn forward<'m>(&'m self, x: Signal<T>, pass: &Pass<'m, T>) -> Result<Forward<'m, T>> {
+        let mut kept = in_standard_layout(x.values()?);
+        let mut y = pass.array(kept.shape());
+        in_chunks(&mut kept, &y, |kept, _| T::tanh_each(kept)); // E87
+        y.assign(&kept);
+        let pass = pass.clone();
+        Ok((
+            y,
+            Box::new(move |dy| {
+                let dx = times(dy, &kept, |y| T::one() - y * y); // E88
+                pass.recycle(kept);
+                Ok(Back::of_input(dx))
+            }),
+        ))
     }
 }
 

@@ -151,3 +151,60 @@ impl<'p, T: Scalar> Pass<'p, T> {
         Err(Error::Setting { name, expected: "a probability from 0 to below 1".into(), found: p.to_string() })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::modules::{Loss, Named, Signal, Targets};
+    use crate::train::{AdapterTable, Model};
+
+    /// What each of some steps leaves to the next, in elements.
+    fn left(model: &Model<f64>, x: &Signal<f64>, targets: &Targets<f64>) -> Vec<usize> {
+        let workspace = Workspace::default();
+        let step = |seed| {
+            let (y, backward) = model.forward(x.clone(), &Pass::training(seed).within(&workspace)).expect("y");
+            let (_, dy) = Loss::CrossEntropy.evaluate(y, targets).expect("a loss");
+            backward(dy).expect("gradients");
+            workspace.elements()
+        };
+        (0..6).map(step).collect()
+    }
+
+    #[test]
+    fn memory_does_not_grow_from_step_to_step() {
+        let of_images = r#"[
+            {"name": "conv", "type": "conv2d", "in_channels": 1, "out_channels": 2, "kernel_size": 3}, {"type": "relu"},
+            {"type": "avg_pool2d", "kernel_size": 2}, {"type": "max_pool2d", "kernel_size": 2}, {"type": "flatten"},
+            {"name": "up", "type": "linear", "in_features": 8, "out_features": 6}, {"type": "tanh"},
+            {"type": "dropout", "p": 0.5}, {"name": "head", "type": "linear", "in_features": 6, "out_features": 3}
+        ]"#;
+        let of_text = r#"[
+            {"type": "embedding", "num_embeddings": 3, "embedding_dim": 4},
+            {"type": "position_embedding", "max_length": 5, "embedding_dim": 4},
+            {"type": "residual", "modules": [
+                {"type": "layer_norm", "features": 4},
+                {"type": "self_attention", "embed_dim": 4, "num_heads": 2, "dropout": 0.1}
+            ]},
+            {"name": "up", "type": "linear", "in_features": 4, "out_features": 6}, {"type": "gelu"},
+            {"type": "mean", "dim": 1}, {"name": "head", "type": "linear", "in_features": 6, "out_features": 3}
+        ]"#;
+        let images = Signal::Values(ArrayD::from_elem(IxDyn(&[2, 1, 10, 10]), 0.5));
+        let text = Signal::Ids(ArrayD::from_elem(IxDyn(&[2, 5]), 1));
+        let targets = Targets::Classes(ArrayD::zeros(IxDyn(&[2])));
+        for (modules, x, inner) in [(of_images, images, "conv"), (of_text, text, "v_proj")] {
+            let modules: Vec<Named> = serde_json::from_str(modules).expect("modules");
+            let mut model = Model::new(&modules, 1).expect("a model");
+            let adapter =
+                format!(r#"{{"method": "wora", "rank": 2, "lora_alpha": 4.0, "target_modules": ["{inner}", "up"]}}"#);
+            let adapter: AdapterTable = serde_json::from_str(&adapter).expect("a table");
+            for adapted in [false, true] {
+                if adapted {
+                    model.adapt(&adapter, 1).expect("layers");
+                }
+                let left = left(&model, &x, &targets);
+                // In the first ones, arrays find their places.
+                assert!(left[0] > 0 && left[2..].iter().all(|elements| *elements == left[2]), "{adapted}: {left:?}");
+            }
+        }
+    }
+}

@@ -184,7 +184,7 @@ impl<const N: usize> MaxPooling<N> {
 }
 
 impl<T: Scalar, const N: usize> Module<T> for MaxPooling<N> {
-    fn forward<'m>(&'m self, x: Signal<T>, _: &Pass<'m, T>) -> Result<Forward<'m, T>> {
+    fn forward<'m>(&'m self, x: Signal<T>, pass: &Pass<'m, T>) -> Result<Forward<'m, T>> {
         let x = crate::operators::in_standard_layout(x.values()?);
         let places = self.window()?.places(x.shape())?;
         let channels: usize = x.shape()[..2].iter().product();
@@ -206,13 +206,16 @@ impl<T: Scalar, const N: usize> Module<T> for MaxPooling<N> {
         let y = largest.iter().map(|(value, _)| *value).collect();
         let y = ArrayD::from_shape_vec(places.output, y).expect("as many outputs");
         let shape = x.shape().to_vec();
+        pass.recycle(x);
+        let pass = pass.clone();
         Ok((
             y,
             Box::new(move |dy| {
                 let dy = crate::operators::in_standard_layout(dy);
-                let mut dx = ArrayD::zeros(shape);
+                let mut dx = pass.array(&shape);
                 let elements = dx.len();
                 over_channels(dx.as_slice_mut().expect("a fresh array"), inputs, elements, |channel, dx| {
+                    dx.fill(T::zero());
                     let all = channel * outputs..(channel + 1) * outputs;
                     for ((_, place), &dy) in largest[all.clone()].iter().zip(&slice(&dy)[all]) {
                         dx[*place as usize] += dy; // E91
@@ -225,7 +228,7 @@ impl<T: Scalar, const N: usize> Module<T> for MaxPooling<N> {
 }
 
 impl<T: Scalar, const N: usize> Module<T> for AveragePooling<N> {
-    fn forward<'m>(&'m self, x: Signal<T>, _: &Pass<'m, T>) -> Result<Forward<'m, T>> {
+    fn forward<'m>(&'m self, x: Signal<T>, pass: &Pass<'m, T>) -> Result<Forward<'m, T>> {
         let x = crate::operators::in_standard_layout(x.values()?);
         let window = self.window()?;
         let places = window.places(x.shape())?;
@@ -240,13 +243,16 @@ impl<T: Scalar, const N: usize> Module<T> for AveragePooling<N> {
             }
         });
         let shape = x.shape().to_vec();
+        pass.recycle(x);
+        let pass = pass.clone();
         Ok((
             y,
             Box::new(move |dy| {
                 let dy = crate::operators::in_standard_layout(dy);
-                let mut dx = ArrayD::zeros(shape);
+                let mut dx = pass.array(&shape);
                 let elements = dx.len();
                 over_channels(dx.as_slice_mut().expect("a fresh array"), inputs, elements, |channel, dx| {
+                    dx.fill(T::zero());
                     for (output, &dy) in slice(&dy)[channel * outputs..][..outputs].iter().enumerate() {
                         places.of(output).iter().for_each(|&place| dx[place as usize] += dy * part); // E97
                     }

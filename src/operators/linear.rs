@@ -51,6 +51,9 @@ impl<T: Scalar> Input<T> for CowArray<'_, T, IxDyn> {
     fn values(&self) -> Option<ArrayViewD<'_, T>> {
         Some(self.view())
     }
+    fn into_values(self) -> Option<ArrayD<T>> {
+        self.is_owned().then(|| self.into_owned())
+    }
     fn from_values(values: ArrayD<T>) -> Option<Self> {
         Some(values.into())
     }

@@ -66,6 +66,10 @@ use ndarray::{
 pub trait Input<T>: Clone + Send + Sync {
     /// The values, in the shape of the input; `None` for ids, which have no gradient and take no mask.
     fn values(&self) -> Option<ArrayViewD<'_, T>>;
+    /// The values themselves; `None` where they are lent, and for ids.
+    fn into_values(self) -> Option<ArrayD<T>> {
+        None
+    }
     /// The ids, in the shape of the input; `None` for values.
     fn ids(&self) -> Option<ArrayViewD<'_, i64>> {
         None

@@ -294,14 +294,25 @@ impl<O: Operator, T: Scalar> Layer<O, T> {
     pub fn backward_in(
         &self,
         workspace: &Workspace<T>,
-        mut cache: Cache<'_, O, T>,
+        cache: Cache<'_, O, T>,
         dy: ArrayViewD<'_, T>,
         requires_grad: RequiresGrad,
     ) -> Result<Gradients<T>> {
+        Ok(self.backward_and_input(workspace, cache, dy, requires_grad)?.0)
+    }
+
+    /// [`Layer::backward_in`], and x for whoever has a use for its memory.
+    pub(crate) fn backward_and_input<'x>(
+        &self,
+        workspace: &Workspace<T>,
+        mut cache: Cache<'x, O, T>,
+        dy: ArrayViewD<'_, T>,
+        requires_grad: RequiresGrad,
+    ) -> Result<(Gradients<T>, O::Input<'x, T>)> {
         let lora_output = std::mem::replace(&mut cache.lora_output, Array3::zeros((0, 0, 0)));
         let gradients = self.gradients(workspace, &cache, lora_output, dy, requires_grad, &mut unwatched);
         workspace.recycle(cache.base_output);
-        gradients
+        Ok((gradients?, cache.x))
     }
 
     /// [`Layer::backward`] of a cache that is looked at once more afterwards.

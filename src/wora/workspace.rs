@@ -50,6 +50,12 @@ impl<T: Scalar> Workspace<T> {
         Array::from_shape_vec(shape.into_shape_with_order(), memory).expect("as many elements")
     }
 
+    /// How many elements are there for whoever needs them.
+    #[cfg(test)]
+    pub(crate) fn elements(&self) -> usize {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).iter().map(Vec::len).sum()
+    }
+
     /// Leaves an array, of any shape, to whoever needs one next: an output or a gradient that has been used.
     pub fn recycle<D: Dimension>(&self, array: Array<T, D>) {
         self.free.lock().unwrap_or_else(PoisonError::into_inner).push(array.into_raw_vec_and_offset().0);
