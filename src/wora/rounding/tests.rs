@@ -24,7 +24,8 @@ struct Small {
 
 const AS_OTHERS: Small = Small { lora_a: 1.0, lora_b: 1.0, magnitude: 1.0, weighted: 1.0 };
 
-/// Every error of a layer of 7 units, masked unless V is to cancel, whose first rows are `small` times what others are, by `errors`.
+/// Every error, by `errors`, of a layer of 7 units whose first rows are `small` times what others are; masked unless V is
+/// to cancel.
 fn with_passes(
     seed: u64,
     (axis, small): (NormAxis, Small),
