@@ -127,16 +127,16 @@ pub(crate) fn scale_and_mix_into<T: Scalar>(
     let blocks = blocks_mut(y).zip(blocks(p)).zip(blocks(u));
     for_each(p.len(), blocks, |((mut y, p), u)| {
         scale_block(y.view_mut(), p, scale, shift);
-        mix_block(y, b, u, groups, product_into_on_this_thread);
+        mix_block(y, b, u, groups, (Accumulate::Add, product_into_on_this_thread));
     });
 }
 
-/// `y += mix(b, u)`: see [`scale_and_mix_into`]. E5.
+/// `y = mix(b, u)`: see [`scale_and_mix_into`]. E5.
 pub(crate) fn mix_into<T: Scalar>(y: ArrayViewMut3<'_, T>, b: ArrayView2<'_, T>, u: ArrayView3<'_, T>, groups: usize) {
     if is_one_product(&u, b.ncols(), groups) {
-        return mix_block(y, b, u, groups, product_into);
+        return mix_block(y, b, u, groups, (Accumulate::Replace, product_into));
     }
-    let mix = |(y, u)| mix_block(y, b, u, groups, product_into_on_this_thread);
+    let mix = |(y, u)| mix_block(y, b, u, groups, (Accumulate::Replace, product_into_on_this_thread));
     for_each(y.len(), blocks_mut(y).zip(blocks(u)), mix);
 }
 
@@ -298,7 +298,7 @@ fn mix_block<T: Scalar>(
     b: ArrayView2<'_, T>,
     u: ArrayView3<'_, T>,
     groups: usize,
-    multiply: Multiply<T>,
+    (accumulate, multiply): (Accumulate, Multiply<T>),
 ) {
     let (channels, in_rows) = channel_axis(&u);
     let (mut y, u) = (matrix_mut(y), matrix(u));
@@ -307,7 +307,7 @@ fn mix_block<T: Scalar>(
         let (b, u) = (b.slice_axis(Axis(0), units), u.slice_axis(channels, ranks));
         let y = y.slice_axis_mut(channels, units);
         let (left, right) = if in_rows { (u, b.t()) } else { (b, u) };
-        multiply(T::one(), left, right, Accumulate::Add, y);
+        multiply(T::one(), left, right, accumulate, y);
     }
 }
 
@@ -386,7 +386,7 @@ mod tests {
             }
             let mut mixed = p.clone();
             mix_into(mixed.view_mut(), b.view(), u.view(), groups);
-            assert_relative_eq!(mixed, y, epsilon = 1e-12);
+            assert_relative_eq!(mixed + &p, y, epsilon = 1e-12);
             assert_relative_eq!(mix_adjoint_input(b.view(), dy.view(), groups), t, epsilon = 1e-12);
             assert_relative_eq!(mix_adjoint_weight(dy.view(), u.view(), groups), s, epsilon = 1e-11);
             let found = channel_square_products((dy.view(), 0.1), [(p.view(), 0.2), (y.view(), 0.3)]);

@@ -216,7 +216,6 @@ pub(super) fn mix<P: Scalar>(
         *scale = divisor * u.scale;
     });
     let mut sums = workspace.array(Ix3(u.values.len_of(Axis(0)), b.nrows(), u.values.len_of(Axis(2))));
-    sums.fill(P::zero());
     mix_into(sums.view_mut(), narrow.view(), u.values.view(), groups);
     Mixed { sums, scales }
 }

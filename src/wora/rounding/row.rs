@@ -238,28 +238,34 @@ fn stages<P: Scalar>(
 
 /// Returns the [`Magnitudes`] without what is added once.
 #[multiversion(targets("x86_64+avx2"))]
-fn terms<P: Scalar>(
-    [of_error, of_square, of_base, once]: [f64; 4],
-    [weighted_error, weighted, base]: [&[f64]; 3],
-    terms: &mut [P],
-) -> Lanes<2> {
-    let (mut least, mut most) = ([f64::INFINITY; LANES], [0.0; LANES]);
+fn terms<P: Scalar>(factors: [f64; 4], [weighted_error, weighted, base]: [&[f64]; 3], terms: &mut [P]) -> Lanes<2> {
+    let mut magnitudes = [[f64::INFINITY; LANES], [0.0; LANES]];
     let mut rows = lanes(weighted_error).iter().zip(lanes(weighted)).zip(lanes(base));
-    let mut with = |((error, v), w): ((&[f64; LANES], &[f64; LANES]), &[f64; LANES]), terms: &mut [P; LANES]| {
-        for l in 0..LANES {
-            let square = of_error * error[l] + of_square * v[l] * v[l] + of_base * w[l] * w[l]; // E59, E60, E152
-            reach(square, &mut least[l], &mut most[l]);
-            terms[l] = P::from_f64(square + once);
-        }
-    };
     let (whole, rest) = terms.as_chunks_mut();
-    rows.clone().zip(whole).for_each(|(rows, terms)| with(rows, terms));
-    if !rest.is_empty() {
-        let mut last = [P::zero(); LANES];
-        rows.next_back().into_iter().for_each(|rows| with(rows, &mut last));
+    for (terms, ((error, v), w)) in whole.iter_mut().zip(rows.by_ref()) {
+        *terms = terms_of_lanes(factors, [error, v, w], &mut magnitudes);
+    }
+    if let Some(((error, v), w)) = rows.next() {
+        let last = terms_of_lanes(factors, [error, v, w], &mut magnitudes);
         rest.copy_from_slice(&last[..rest.len()]);
     }
-    [least, most]
+    magnitudes
+}
+
+/// As a closure it would be compiled once for both of its uses, and not into vectors.
+#[inline(always)]
+fn terms_of_lanes<P: Scalar>(
+    [of_error, of_square, of_base, once]: [f64; 4],
+    [error, v, w]: [&[f64; LANES]; 3],
+    [least, most]: &mut Lanes<2>,
+) -> [P; LANES] {
+    let mut terms = [P::zero(); LANES];
+    for l in 0..LANES {
+        let square = of_error * error[l] + of_square * v[l] * v[l] + of_base * w[l] * w[l]; // E59, E60, E152
+        reach(square, &mut least[l], &mut most[l]);
+        terms[l] = P::from_f64(square + once);
+    }
+    terms
 }
 
 /// The same numbers times `scale` in f64.

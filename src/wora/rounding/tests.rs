@@ -7,7 +7,7 @@ use crate::operators::{Conv1d, ConvSettings, Linear};
 use crate::wora::Direction;
 use crate::wora::{Base, Config, Method, NormGradient, RequiresGrad, Workspace, as_matrix};
 use approx::assert_relative_eq;
-use ndarray::{ArrayD, IxDyn};
+use ndarray::{Array3, ArrayD, IxDyn};
 use rand::{RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 
@@ -199,9 +199,10 @@ fn squares_of_low_rank<O: Operator>(operator: O, x: &[usize], rank: usize, axis:
         sums += &(values * scale * of_delta);
     }
     let Scaled { values, scale } = operands.outputs(&whole);
-    let mut expected = values * scale;
+    let mut expected = Array3::zeros(values.dim());
     let mixed = square(&b) * of_terms * 0.7;
     mix_into(expected.view_mut(), mixed.view(), square(u).view(), groups);
+    expected += &(values * scale);
     assert_relative_eq!(sums, expected, max_relative = 1e-12);
 }
 
