@@ -111,56 +111,58 @@ const OUTER: f64 = 0.797_884_560_802_865_4;
 const CUBE: f64 = 0.044_715;
 
 impl GeluSettings {
-    /// What the backward needs beside x: the error function of it, or the tangent of the approximation.
-    fn inner<T: Scalar>(self, x: &ArrayD<T>, pass: &Pass<'_, T>) -> ArrayD<T> {
-        let [outer, cube] = [OUTER, CUBE].map(T::from_f64);
+    /// The share of x that is let through, phi: the normal distribution, or the logistic function that approximates it.
+    fn share<T: Scalar>(self, x: &ArrayD<T>, pass: &Pass<'_, T>) -> ArrayD<T> {
+        let [half, cube, outer] = [0.5, CUBE, -2.0 * OUTER].map(T::from_f64);
         let root_half = T::from_f64(std::f64::consts::FRAC_1_SQRT_2);
-        let mut inner = pass.array(x.shape());
-        in_chunks(&mut inner, x, |inner, x| match self.approximate {
-            Approximate::None => inner.iter_mut().zip(x).for_each(|(inner, &x)| *inner = (x * root_half).erf()),
+        let mut share = pass.array(x.shape());
+        in_chunks(&mut share, x, |share, x| match self.approximate {
+            Approximate::None => {
+                let normal = |x: T| half * (T::one() + (x * root_half).erf());
+                share.iter_mut().zip(x).for_each(|(share, &x)| *share = normal(x));
+            }
             Approximate::Tanh => {
-                inner.iter_mut().zip(x).for_each(|(inner, &x)| *inner = outer * (x + cube * x * x * x));
-                T::tanh_each(inner);
+                share.iter_mut().zip(x).for_each(|(share, &x)| *share = outer * (x + cube * x * x * x));
+                T::exp_each(share);
+                share.iter_mut().for_each(|share| *share = (T::one() + *share).recip());
             }
         });
-        inner
+        share
     }
 }
 
 impl<T: Scalar> Module<T> for GeluSettings {
     fn forward<'m>(&'m self, x: Signal<T>, pass: &Pass<'m, T>) -> Result<Forward<'m, T>> {
         let x = in_standard_layout(x.values()?);
-        let [half, outer, cube, three] = [0.5, OUTER, CUBE, 3.0].map(T::from_f64);
-        let inner = self.inner(&x, pass);
+        let share = self.share(&x, pass);
         let mut y = pass.copy(&x);
-        in_chunks(&mut y, &inner, |y, inner| {
-            y.iter_mut().zip(inner).for_each(|(y, &inner)| *y = half * *y * (T::one() + inner)); // E83, E85
-        });
+        in_chunks(&mut y, &share, |y, share| y.iter_mut().zip(share).for_each(|(y, &share)| *y *= share)); // E83, E85
         let pass = pass.clone();
         let approximate = self.approximate;
         Ok((
             y,
             Box::new(move |dy| {
+                let [half, outer, cube] = [0.5, 2.0 * OUTER, 3.0 * CUBE].map(T::from_f64);
                 let density = T::from_f64(1.0 / (2.0 * std::f64::consts::PI).sqrt());
                 let mut slope = x;
-                in_chunks(&mut slope, &inner, |slope, inner| match approximate {
+                in_chunks(&mut slope, &share, |slope, share| match approximate {
                     Approximate::None => {
                         let mut bell: Vec<T> = slope.iter().map(|&x| -half * x * x).collect();
                         T::exp_each(&mut bell);
-                        for ((slope, &inner), bell) in slope.iter_mut().zip(inner).zip(bell) {
-                            *slope = half * (T::one() + inner) + *slope * density * bell; // E84
+                        for ((slope, &share), bell) in slope.iter_mut().zip(share).zip(bell) {
+                            *slope = share + *slope * density * bell; // E84
                         }
                     }
                     Approximate::Tanh => {
-                        for (slope, &t) in slope.iter_mut().zip(inner) {
+                        for (slope, &share) in slope.iter_mut().zip(share) {
                             let x = *slope;
-                            let of_inner = outer * (T::one() + three * cube * x * x);
-                            *slope = half * (T::one() + t) + half * x * (T::one() - t * t) * of_inner; // E86
+                            let of_inner = outer * (T::one() + cube * x * x);
+                            *slope = share + x * share * (T::one() - share) * of_inner; // E86
                         }
                     }
                 });
                 let dx = times(dy, &slope, |slope| slope);
-                pass.recycle(inner);
+                pass.recycle(share);
                 pass.recycle(slope);
                 Ok(Back::of_input(dx))
             }),
