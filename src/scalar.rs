@@ -5,6 +5,7 @@
 //! estimate of its own rounding error, [`Dual`](crate::Dual) a derivative.
 
 use crate::operators::PARALLEL_ELEMENTS;
+use crate::simd::exp_each;
 use ndarray::{ArcArray, IxDyn, Zip};
 use rten_simd::SimdUnaryOp;
 use std::ops::{Add, Div, Mul, Sub};
@@ -92,7 +93,7 @@ impl Scalar for f64 {
         libm::erf(self)
     }
     fn exp_each(values: &mut [Self]) {
-        values.iter_mut().for_each(|value| *value = value.exp());
+        exp_each(values);
     }
     fn tanh_each(values: &mut [Self]) {
         values.iter_mut().for_each(|value| *value = value.tanh());

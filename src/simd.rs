@@ -102,6 +102,50 @@ pub(crate) fn add_scaled<T: Scalar>(scale: T, from: &[T], into: &mut [T]) {
     }
 }
 
+/// e to the power of each, within 2 units in the last place. The standard library's is one number at a time, and so is that of
+/// every crate in f64.
+#[multiversion(targets("x86_64+avx2"))]
+pub(crate) fn exp_each(values: &mut [f64]) {
+    for value in values {
+        *value = exp(*value);
+    }
+}
+
+/// ln 2 in two parts, the first of which times any exponent is exact.
+const LN_2: [f64; 2] = [0.693_147_180_369_123_8, 1.908_214_929_270_587_7e-10];
+
+/// Added to a number, and taken away again, it rounds it to a whole one, which stands in its last bits in between.
+const WHOLE: f64 = 6_755_399_441_055_744.0; // 1.5 * 2^52
+
+/// `1 / n!`
+const PER_FACTORIAL: [f64; 14] = {
+    let mut all = [1.0; 14];
+    let mut n = 1;
+    while n < all.len() {
+        all[n] = all[n - 1] / n as f64;
+        n += 1;
+    }
+    all
+};
+
+#[inline(always)]
+fn exp(x: f64) -> f64 {
+    // Beyond these all is infinite, or 0. A comparison that keeps NaN.
+    let x = if x > 720.0 { 720.0 } else { x };
+    let x = if x < -760.0 { -760.0 } else { x };
+    let whole = |x: f64| (x + WHOLE) - WHOLE;
+    let k = whole(x * std::f64::consts::LOG2_E);
+    let r = (x - k * LN_2[0]) - k * LN_2[1]; // E154
+    let mut power = PER_FACTORIAL[13];
+    for n in (0..13).rev() {
+        power = power * r + PER_FACTORIAL[n]; // E155
+    }
+    let power_of_two = |k: f64| f64::from_bits(((k + WHOLE).to_bits() << 52).wrapping_add(1.0_f64.to_bits()));
+    // 2^k alone may be beyond the range of what is not.
+    let half = whole(k * 0.5);
+    power * power_of_two(half) * power_of_two(k - half) // E154
+}
+
 /// Whether none is infinite or no number.
 #[multiversion(targets("x86_64+avx2"))]
 pub(crate) fn all_finite<T: Scalar>(values: &[T]) -> bool {
@@ -153,4 +197,35 @@ pub(crate) fn magnitudes(values: &[f64]) -> [f64; 2] {
     chunks.iter().for_each(|chunk| with(chunk));
     with(rest);
     [least.into_iter().fold(f64::INFINITY, f64::min), most.into_iter().fold(0.0, f64::max)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::{RngExt, SeedableRng};
+    use rand_pcg::Pcg64;
+
+    /// E154 and E155
+    #[test]
+    fn exponentials_are_the_standard_librarys_within_two_units_in_the_last_place() {
+        let mut rng = Pcg64::seed_from_u64(1);
+        for (least, most) in [(-745.2, 709.9), (-40.0, 40.0), (-1.0, 1.0), (-1e-9, 1e-9), (-745.2, -708.0)] {
+            let x: Vec<f64> = (0..10_007).map(|_| rng.random_range(least..most)).collect();
+            let mut found = x.clone();
+            exp_each(&mut found);
+            for (x, found) in x.iter().zip(found) {
+                let expected = x.exp();
+                let unit = if expected.is_finite() { expected.next_up() - expected } else { 0.0 };
+                assert!(found == expected || (found - expected).abs() <= 2.0 * unit, "{x}: {found}, not {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn exponentials_beyond_the_range_are_0_or_infinite_and_of_no_number_none() {
+        let mut found = [0.0, -0.0, f64::INFINITY, 709.79, 1e300, f64::NEG_INFINITY, -745.2, -1e300, f64::NAN];
+        exp_each(&mut found);
+        assert_eq!(found[..8], [1.0, 1.0, f64::INFINITY, f64::INFINITY, f64::INFINITY, 0.0, 0.0, 0.0]);
+        assert!(found[8].is_nan());
+    }
 }

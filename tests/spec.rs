@@ -9,14 +9,14 @@ use woracle::operators::{Conv1d, Operator};
 use woracle::registry::{LAYERS, Precision, layer};
 use woracle::{page, spec};
 
-fn sources(folder: &Path, into: &mut Vec<String>) {
-    for entry in fs::read_dir(folder).expect("a folder of sources") {
-        let path = entry.expect("an entry").path();
-        if path.is_dir() {
-            sources(&path, into);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            into.push(fs::read_to_string(path).expect("a source"));
+/// A source, or those in a folder.
+fn sources(path: &Path, into: &mut Vec<String>) {
+    if path.is_dir() {
+        for entry in fs::read_dir(path).expect("a folder of sources") {
+            sources(&entry.expect("an entry").path(), into);
         }
+    } else if path.extension().is_some_and(|extension| extension == "rs") {
+        into.push(fs::read_to_string(path).expect("a source"));
     }
 }
 
@@ -26,7 +26,7 @@ fn number_after(text: &str, letter: char) -> Option<String> {
     (!digits.is_empty() && !digits.starts_with('0')).then(|| format!("{letter}{digits}"))
 }
 
-/// The lines of every source below these folders.
+/// The lines of these sources, and of every one below these folders.
 fn lines(folders: &[&str]) -> Vec<String> {
     let mut files = Vec::new();
     for folder in folders {
@@ -58,7 +58,7 @@ fn written(folders: &[&str]) -> BTreeSet<String> {
     labels(lines(folders).iter().flat_map(|line| line.split('"').skip(1).step_by(2)))
 }
 
-/// The folders that compute what SPEC.md derives; what only tells of it is none of them, nor are identities, whose labels
+/// The folders and files that compute what SPEC.md derives; what only tells of it is none of them, nor are identities, whose labels
 /// are data.
 const COMPUTING: &[&str] = &[
     "src/bench",
@@ -70,6 +70,7 @@ const COMPUTING: &[&str] = &[
     "src/operators",
     "src/oracle",
     "src/peft",
+    "src/simd.rs",
     "src/train",
     "src/wora",
 ];

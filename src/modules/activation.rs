@@ -3,6 +3,7 @@
 use super::{Back, Described, Find, Forward, Module, Pass, Signal, defined};
 use crate::operators::{PARALLEL_ELEMENTS, in_standard_layout};
 use crate::{Real, Result, Scalar};
+use multiversion::multiversion;
 use ndarray::ArrayD;
 use rand_pcg::Pcg64;
 use rayon::prelude::*;
@@ -110,10 +111,33 @@ pub struct GeluSettings {
 const OUTER: f64 = 0.797_884_560_802_865_4;
 const CUBE: f64 = 0.044_715;
 
+/// `1 / (1 + e^(-2 u))` of each x.
+#[multiversion(targets("x86_64+avx2"))]
+fn logistic<T: Scalar>(share: &mut [T], x: &[T]) {
+    let [outer, cube] = [-2.0 * OUTER, CUBE].map(T::from_f64);
+    for (share, &x) in share.iter_mut().zip(x) {
+        *share = outer * (x + cube * x * x * x);
+    }
+    T::exp_each(share);
+    for share in share {
+        *share = (T::one() + *share).recip(); // E85
+    }
+}
+
+/// What dy is to be multiplied by, in the place of x.
+#[multiversion(targets("x86_64+avx2"))]
+fn logistic_slope<T: Scalar>(slope: &mut [T], share: &[T]) {
+    let [outer, cube] = [2.0 * OUTER, 3.0 * CUBE].map(T::from_f64);
+    for (slope, &share) in slope.iter_mut().zip(share) {
+        let x = *slope;
+        *slope = share + x * share * (T::one() - share) * outer * (T::one() + cube * x * x); // E86
+    }
+}
+
 impl GeluSettings {
     /// The share of x that is let through, phi: the normal distribution, or the logistic function that approximates it.
     fn share<T: Scalar>(self, x: &ArrayD<T>, pass: &Pass<'_, T>) -> ArrayD<T> {
-        let [half, cube, outer] = [0.5, CUBE, -2.0 * OUTER].map(T::from_f64);
+        let half = T::from_f64(0.5);
         let root_half = T::from_f64(std::f64::consts::FRAC_1_SQRT_2);
         let mut share = pass.array(x.shape());
         in_chunks(&mut share, x, |share, x| match self.approximate {
@@ -121,11 +145,7 @@ impl GeluSettings {
                 let normal = |x: T| half * (T::one() + (x * root_half).erf());
                 share.iter_mut().zip(x).for_each(|(share, &x)| *share = normal(x));
             }
-            Approximate::Tanh => {
-                share.iter_mut().zip(x).for_each(|(share, &x)| *share = outer * (x + cube * x * x * x));
-                T::exp_each(share);
-                share.iter_mut().for_each(|share| *share = (T::one() + *share).recip());
-            }
+            Approximate::Tanh => logistic(share, x),
         });
         share
     }
@@ -142,7 +162,7 @@ impl<T: Scalar> Module<T> for GeluSettings {
         Ok((
             y,
             Box::new(move |dy| {
-                let [half, outer, cube] = [0.5, 2.0 * OUTER, 3.0 * CUBE].map(T::from_f64);
+                let half = T::from_f64(0.5);
                 let density = T::from_f64(1.0 / (2.0 * std::f64::consts::PI).sqrt());
                 let mut slope = x;
                 in_chunks(&mut slope, &share, |slope, share| match approximate {
@@ -153,13 +173,7 @@ impl<T: Scalar> Module<T> for GeluSettings {
                             *slope = share + *slope * density * bell; // E84
                         }
                     }
-                    Approximate::Tanh => {
-                        for (slope, &share) in slope.iter_mut().zip(share) {
-                            let x = *slope;
-                            let of_inner = outer * (T::one() + cube * x * x);
-                            *slope = share + x * share * (T::one() - share) * of_inner; // E86
-                        }
-                    }
+                    Approximate::Tanh => logistic_slope(slope, share),
                 });
                 let dx = times(dy, &slope, |slope| slope);
                 pass.recycle(share);

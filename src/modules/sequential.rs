@@ -154,6 +154,10 @@ struct Residual<T> {
     inner: Sequential<T>,
 }
 
+fn add<T: Scalar>(into: &mut ArrayD<T>, values: &ArrayD<T>) {
+    Zip::from(into).and(values).par_for_each(|into, &value| *into += value);
+}
+
 impl<T: Scalar> Module<T> for Residual<T> {
     fn forward<'m>(&'m self, x: Signal<T>, pass: &Pass<'m, T>) -> Result<Forward<'m, T>> {
         let x = x.values()?;
@@ -162,7 +166,7 @@ impl<T: Scalar> Module<T> for Residual<T> {
             let expected = format!("{:?}, that of what it is added to", x.shape());
             return Err(Error::Shape { tensor: "f(x)".into(), expected, found: y.shape().to_vec() }); // C1
         }
-        y += &x; // E105
+        add(&mut y, &x); // E105
         pass.recycle(x);
         let pass = pass.clone();
         Ok((
@@ -172,7 +176,7 @@ impl<T: Scalar> Module<T> for Residual<T> {
                 let Back { x, parameters } = backward(dy)?;
                 let x = match (kept, x) {
                     (Some(mut dx), Some(through)) => {
-                        dx += &through; // E106
+                        add(&mut dx, &through); // E106
                         pass.recycle(through);
                         Some(dx)
                     }

@@ -4,6 +4,7 @@ use super::place::Misfit;
 use crate::wora::Method;
 use crate::{Error, Result, Scalar};
 use ndarray::{ArrayD, ArrayViewMutD, Zip};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -98,6 +99,15 @@ impl OptimiserTable {
         match self {
             Self::Sgd(Sgd { learning_rate, learning_rates, .. })
             | Self::AdamW(AdamW { learning_rate, learning_rates, .. }) => (*learning_rate, learning_rates),
+        }
+    }
+
+    /// What is remembered of every parameter, by the names that it is kept under.
+    fn remembered(&self) -> &'static [&'static str] {
+        match self {
+            Self::Sgd(Sgd { momentum, .. }) if *momentum > 0.0 => &["momentum"],
+            Self::Sgd(_) => &[],
+            Self::AdamW(_) => &["first", "second"],
         }
     }
 
@@ -220,81 +230,80 @@ impl<T: Scalar> Optimiser<T> {
         gradients: &BTreeMap<String, ArrayD<T>>,
         factor: f64,
     ) -> Result<()> {
-        self.steps += 1;
-        for (name, parameter) in parameters {
+        let moves = parameters.into_iter().map(|(name, parameter)| {
             let missing = || Error::Missing { tensor: format!("grad.{name}"), expected: "a gradient".into() };
             let gradient = gradients.get(&name).ok_or_else(missing)?; // C7
-            let rate = self.table.rate(&name) * factor;
-            let decays = decays(&name, parameter.ndim());
-            match self.table {
-                OptimiserTable::Sgd(sgd) => self.descend(&sgd, &name, parameter, gradient, rate, decays),
-                OptimiserTable::AdamW(adam) => self.adapt(&adam, &name, parameter, gradient, rate, decays),
-            }
+            let (rate, decays) = (self.table.rate(&name) * factor, decays(&name, parameter.ndim()));
+            Ok(Move { name, parameter, gradient, rate, decays, memory: Vec::new() })
+        });
+        let mut moves = moves.collect::<Result<Vec<_>>>()?;
+        self.steps += 1;
+        let (table, steps, kinds) = (self.table, self.steps, self.table.remembered());
+        for Move { name, gradient, memory, .. } in &mut moves {
+            let kept = |kind| self.memory.remove(&format!("{kind}.{name}"));
+            memory.extend(kinds.iter().map(kept).map(|kept| kept.unwrap_or_else(|| ArrayD::zeros(gradient.raw_dim()))));
+        }
+        moves.par_iter_mut().for_each(|one| match table {
+            OptimiserTable::Sgd(sgd) => one.descend(&sgd),
+            OptimiserTable::AdamW(adam) => one.adapt(&adam, steps),
+        });
+        for Move { name, memory, .. } in moves {
+            self.memory.extend(kinds.iter().zip(memory).map(|(kind, kept)| (format!("{kind}.{name}"), kept)));
         }
         Ok(())
     }
+}
 
-    /// What is remembered of a parameter under this name.
-    fn remembered(&mut self, kind: &str, name: &str, like: &ArrayD<T>) -> ArrayD<T> {
-        self.memory.remove(&format!("{kind}.{name}")).unwrap_or_else(|| ArrayD::zeros(like.raw_dim()))
-    }
+/// One parameter's step.
+struct Move<'a, T> {
+    name: String,
+    parameter: ArrayViewMutD<'a, T>,
+    gradient: &'a ArrayD<T>,
+    rate: f64,
+    decays: bool,
+    /// What the optimiser remembers of it.
+    memory: Vec<ArrayD<T>>,
+}
 
-    fn descend(
-        &mut self,
-        sgd: &Sgd,
-        name: &str,
-        mut parameter: ArrayViewMutD<'_, T>,
-        gradient: &ArrayD<T>,
-        rate: f64,
-        decays: bool,
-    ) {
-        let mut velocity = self.remembered("momentum", name, gradient);
+impl<T: Scalar> Move<'_, T> {
+    fn descend(&mut self, sgd: &Sgd) {
+        let Self { parameter, gradient, memory, .. } = self;
         let [rate, momentum, decay] =
-            [rate, sgd.momentum, if decays { sgd.weight_decay } else { 0.0 }].map(T::from_f64);
-        Zip::from(&mut parameter).and(&mut velocity).and(gradient).for_each(|p, v, &g| {
+            [self.rate, sgd.momentum, if self.decays { sgd.weight_decay } else { 0.0 }].map(T::from_f64);
+        let Some(velocity) = memory.first_mut() else {
+            return Zip::from(parameter).and(*gradient).for_each(|p, &g| *p -= rate * (g + decay * *p)); // E136
+        };
+        Zip::from(parameter).and(velocity).and(*gradient).for_each(|p, v, &g| {
             *v = momentum * *v + (g + decay * *p); // E135
             *p -= rate * *v; // E136
         });
-        if sgd.momentum > 0.0 {
-            self.memory.insert(format!("momentum.{name}"), velocity);
-        }
     }
 
-    fn adapt(
-        &mut self,
-        adam: &AdamW,
-        name: &str,
-        mut parameter: ArrayViewMutD<'_, T>,
-        gradient: &ArrayD<T>,
-        rate: f64,
-        decays: bool,
-    ) {
-        let (mut first, mut second) =
-            (self.remembered("first", name, gradient), self.remembered("second", name, gradient));
-        let steps = i32::try_from(self.steps).unwrap_or(i32::MAX);
+    fn adapt(&mut self, adam: &AdamW, steps: u64) {
+        let Self { parameter, gradient, memory, .. } = self;
+        let [first, second] = &mut memory[..] else { unreachable!("two means") };
+        let steps = i32::try_from(steps).unwrap_or(i32::MAX);
         let [of_first, of_second] = adam.betas.map(|beta| 1.0 - beta.powi(steps));
         let [forget_first, forget_second] = adam.betas.map(|beta| T::from_f64(1.0 - beta));
         let keep_second = T::from_f64(adam.betas[1]);
-        let shrink = T::from_f64(if decays { 1.0 - rate * adam.weight_decay } else { 1.0 });
-        let [step, root, eps] = [rate / of_first, of_second.sqrt(), adam.eps].map(T::from_f64);
-        Zip::from(&mut parameter).and(&mut first).and(&mut second).and(gradient).for_each(|p, m, v, &g| {
+        let shrink = T::from_f64(if self.decays { 1.0 - self.rate * adam.weight_decay } else { 1.0 });
+        let [step, root, eps] = [self.rate / of_first, of_second.sqrt(), adam.eps].map(T::from_f64);
+        Zip::from(parameter).and(first).and(second).and(*gradient).for_each(|p, m, v, &g| {
             *m += forget_first * (g - *m); // E137
             *v = keep_second * *v + forget_second * g * g; // E138
             *p = *p * shrink - step * *m / (v.sqrt() / root + eps); // E139
         });
-        self.memory.insert(format!("first.{name}"), first);
-        self.memory.insert(format!("second.{name}"), second);
     }
 }
 
 /// Scales gradients so that their norm over all of them is at most `most`; the norm they had. E140
 pub(super) fn clip<T: Scalar>(gradients: &mut BTreeMap<String, ArrayD<T>>, most: Option<f64>) -> f64 {
-    let squares = gradients.values().map(|gradient| gradient.iter().map(|g| g.as_f64().powi(2)).sum::<f64>());
-    let norm = squares.sum::<f64>().sqrt();
+    let squares = |(_, gradient): (_, &ArrayD<T>)| gradient.iter().map(|g| g.as_f64().powi(2)).sum::<f64>();
+    let norm = gradients.par_iter().map(squares).collect::<Vec<_>>().iter().sum::<f64>().sqrt();
     // PyTorch's `clip_grad_norm_`, with its small number.
     if let Some(factor) = most.map(|most| most / (norm + 1e-6)).filter(|&factor| factor < 1.0) {
         let factor = T::from_f64(factor);
-        gradients.values_mut().for_each(|gradient| gradient.mapv_inplace(|g| g * factor));
+        gradients.par_iter_mut().for_each(|(_, gradient)| gradient.mapv_inplace(|g| g * factor));
     }
     norm
 }
