@@ -102,7 +102,7 @@ pub(crate) fn add_scaled<T: Scalar>(scale: T, from: &[T], into: &mut [T]) {
     }
 }
 
-/// e to the power of each, within 2 units in the last place. The standard library's is one number at a time, and so is that of
+/// e to the power of each, within one and a quarter units in the last place. The standard library's is one number at a time, and so is that of
 /// every crate in f64.
 #[multiversion(targets("x86_64+avx2"))]
 pub(crate) fn exp_each(values: &mut [f64]) {
@@ -207,7 +207,7 @@ mod tests {
 
     /// E154 and E155
     #[test]
-    fn exponentials_are_the_standard_librarys_within_two_units_in_the_last_place() {
+    fn exponentials_are_the_standard_librarys_within_a_unit_in_the_last_place() {
         let mut rng = Pcg64::seed_from_u64(1);
         for (least, most) in [(-745.2, 709.9), (-40.0, 40.0), (-1.0, 1.0), (-1e-9, 1e-9), (-745.2, -708.0)] {
             let x: Vec<f64> = (0..10_007).map(|_| rng.random_range(least..most)).collect();
@@ -216,7 +216,7 @@ mod tests {
             for (x, found) in x.iter().zip(found) {
                 let expected = x.exp();
                 let unit = if expected.is_finite() { expected.next_up() - expected } else { 0.0 };
-                assert!(found == expected || (found - expected).abs() <= 2.0 * unit, "{x}: {found}, not {expected}");
+                assert!(found == expected || (found - expected).abs() <= unit, "{x}: {found}, not {expected}");
             }
         }
     }
