@@ -1,6 +1,6 @@
 //! The diagnosis: every mistake of the bank, made in every case where it can be, must be named first.
 
-use ndarray::{ArrayD, Axis};
+use ndarray::{ArrayD, Axis, Ix2};
 use rayon::prelude::*;
 use woracle::case::Tensor;
 use woracle::cases::{Spec, Twist};
@@ -237,7 +237,7 @@ fn where_no_mistake_explains_the_numbers_facts_are_told() {
         (|all| all.get_mut("y").expect("y").fill(0.0), "y: it is zero everywhere"),
         (
             |all| *all.get_mut("grad.lora_wora_alpha").expect("dalpha") *= 1.0 + 1e-9, // one number is no pattern
-            "grad.lora_wora_alpha: every element is 1.000000 times what it should be",
+            "grad.lora_wora_alpha: it is 1.000000 times what it should be",
         ),
         (
             |all| all.get_mut("y").expect("y")[[1, 2]] = f64::NAN,
@@ -301,6 +301,50 @@ fn a_case_that_is_too_large_says_so() {
     let file = CaseFile::new(case, Dtype::F64);
     let facts = diagnose(&file).expect("a diagnosis").facts;
     assert!(facts[0].contains("1.5") && facts[1].contains("too large"), "{facts:?}");
+}
+
+/// What is right is 0 to the bit, and so is its bound in f64; what is wrong is not, and has rounding errors of its own.
+#[test]
+fn a_mistake_is_named_where_the_right_answer_is_0() {
+    let subject = layer("linear").expect("linear");
+    for (name, id) in [("linear-alpha-0-full", "alpha-ignored"), ("linear-fresh-b", "alpha-beta-swapped")] {
+        let spec = subject.specs().iter().find(|spec| spec.name == name).expect("a case");
+        let mut case =
+            wrong(subject, spec, &[mistake(id).expect("an id")], Dtype::F64).expect("a mistake of this case").case;
+        for (name, tensor) in &mut case.tensors {
+            if let (true, Tensor::Float(values)) = (name == "y" || name.starts_with("grad.l"), tensor) {
+                values.mapv_inplace(|value| value * (1.0 + 2f64.powi(-50)));
+            }
+        }
+        let candidates = diagnose(&CaseFile::new(case, Dtype::F64)).expect("a diagnosis").candidates;
+        let best: Vec<_> = candidates.iter().filter(|one| one.residual == 0.0).map(|one| one.id.as_str()).collect();
+        assert!(best.contains(&id), "{name}: {best:?}");
+    }
+}
+
+/// As in PyTorch, NumPy and JAX.
+#[test]
+fn the_slope_of_a_magnitude_is_0_at_0() {
+    let subject = layer("linear").expect("linear");
+    let spec = subject.specs().iter().find(|spec| spec.name == "linear-exact-full").expect("a case");
+    let case = subject.draw(spec, SEED);
+    let theirs = mistaken(subject, &[mistake("norm-absolute").expect("an id")], &case)
+        .expect("results")
+        .expect("a mistake of this case");
+    let values =
+        |name: &str| case.values(name).expect("a tensor").view().into_dimensionality::<Ix2>().expect("a matrix");
+    let (weighted, dweight) = (&subject.define(&case).expect("answers")["weighted"], &theirs["grad.base.weight"]);
+    let x = values("grad.y").t().dot(&values("x"));
+    let [m, beta] = ["lora_magnitude_vector", "lora_wora_beta"].map(|name| case.values(name).expect("a tensor"));
+    let mut zeros = 0;
+    for (i, row) in weighted.axis_iter(Axis(0)).enumerate() {
+        let gain = m[[i]] / row.iter().map(|v| v.abs()).sum::<f64>();
+        for (j, _) in row.iter().enumerate().filter(|(_, v)| **v == 0.0) {
+            assert_eq!(dweight[[i, j]], beta.first().expect("a number") * gain * x[[i, j]], "{i}, {j}");
+            zeros += 1;
+        }
+    }
+    assert!(zeros > 0, "V has no zeros");
 }
 
 #[test]

@@ -410,7 +410,7 @@ impl<'a> Naive<'a> {
                     "dropout-base-uncorrected" => (g * base, 0.0, g * lora),
                     "dropout-ignored" => (g * (base + lora), 0.0, 0.0),
                     "dropout-on-everything" => (0.0, g * base, g * lora),
-                    "gain-on-lora-only" => (base, 0.0, g * lora),
+                    "gain-on-lora-only" => (w, base - w, g * lora),
                     "gain-on-base-only" => (w, g * base - w, lora),
                     "embed-scale-on-base-only" => (w, (g * base - w) / e, g * lora / e),
                     "base-counted-twice" => (w, g * base, g * lora),

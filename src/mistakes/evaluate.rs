@@ -241,7 +241,12 @@ impl<'a, 'd, 'x, O: Operator> Stages<'a, 'd, 'x, O> {
         let mut counts = vec![0.0; self.norms];
         for (at, &v) in values.indexed_iter() {
             let i = place(self.index(at));
-            let absolute = if v.value() < 0.0 { Traced::constant(0.0) - v } else { v };
+            // With a slope of 0 at 0.
+            let absolute = match v.value() {
+                value if value > 0.0 => v,
+                value if value < 0.0 => Traced::constant(0.0) - v,
+                value => Traced::constant(value.abs()),
+            };
             let is_absolute = matches!(self.formula.norm, Norm::Absolute | Norm::Mean);
             sums[i] = sums[i] + if is_absolute { absolute } else { v * v };
             counts[i] += 1.0;
@@ -341,7 +346,7 @@ impl<'a, 'd, 'x, O: Operator> Stages<'a, 'd, 'x, O> {
             Output::DropoutOnEverything => [masked(g * base), masked(g * lora)],
             Output::DropoutOnLoraOnly => [plain(g * base), masked(g * lora)],
             Output::BaseTwice => [corrected(g * base), masked(g * lora)],
-            Output::GainOnLoraOnly => [plain(base), masked(g * lora)],
+            Output::GainOnLoraOnly => [corrected(base - w), masked(g * lora)],
             Output::GainOnBaseOnly => [corrected(g * base - w), masked(lora)],
             Output::BaseOnly => [plain(w), plain(zero)],
             Output::WithoutLora => [corrected(g * base - w), plain(zero)],

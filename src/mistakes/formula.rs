@@ -259,7 +259,7 @@ pub enum Output {
     DropoutUnscaled,
     /// `W0 + k g V`
     BaseTwice,
-    /// `beta W0 + k g alpha s B A`
+    /// `(1 - k) W0 + k (beta W0 + g alpha s B A)`
     GainOnLoraOnly,
     /// `(1 - k) W0 + k (g beta W0 + alpha s B A)`
     GainOnBaseOnly,

@@ -200,7 +200,8 @@ impl Answer<'_> {
             let finite = values.iter().filter(|value| value.is_finite());
             (finite.map(|value| value * value).sum::<f64>() / values.len().max(1) as f64).sqrt()
         };
-        let typical = size(self.bound);
+        // Squares of the bounds of what is 0 may be too small.
+        let typical = size(self.bound).max(f64::MIN_POSITIVE);
         let right = size(right).max(CANCELS * typical / self.unit);
         let larger = ALLOWANCE * (size(wrong) / right).max(1.0);
         let larger = if larger.is_nan() { ALLOWANCE } else { larger };
@@ -272,7 +273,7 @@ impl<'a> Evidence<'a> {
 }
 
 /// Whether an answer is y or a gradient, and no intermediate.
-fn is_result(name: &str) -> bool {
+pub(super) fn is_result(name: &str) -> bool {
     name == "y" || name.starts_with("grad.")
 }
 

@@ -88,6 +88,8 @@ fn zeros(failed: &Failed<'_>) -> Option<String> {
 
 /// As many roundings as there may be in what was computed in a narrower type, of the size of the whole tensor.
 const ROUNDINGS: f64 = 16.0;
+/// A number is nearly 0 within so many of its bounds.
+const VANISHES: f64 = 16.0;
 /// That one or two numbers are off by so much is a coincidence.
 const SEVERAL: usize = 8;
 
@@ -110,13 +112,22 @@ fn as_narrow(failed: &Failed<'_>, file: &CaseFile) -> Option<String> {
         error <= ROUNDINGS * narrow.unit_roundoff() * size
             && failed.elements().all(|(actual, (expected, bound))| (actual - expected).abs() <= bound * wider)
     };
-    let narrow = narrower(dtype).iter().find(explains).filter(|_| failed.actual.len() >= SEVERAL)?;
+    // So few digits are easily right by chance.
+    let is_narrow = |narrow: &&Dtype| **narrow == Dtype::F32 || failed.actual.iter().all(|&v| narrow.round(v) == v);
+    let narrow = narrower(dtype).iter().find(|narrow| explains(narrow) && is_narrow(narrow));
+    let narrow = narrow.filter(|_| failed.actual.len() >= SEVERAL)?;
     Some(format!("it is as exact as {narrow} is, and stored as {dtype}: was it computed in {narrow}?"))
 }
 
 fn constant_ratio(failed: &Failed<'_>) -> Option<String> {
     let ratio = failed.ratio()?;
-    Some(format!("every element is {ratio:.6} times what it should be"))
+    match failed.elements().next()? {
+        // Of what is nearly 0 anything is a multiple.
+        (_, (expected, bound)) if failed.actual.len() == 1 => {
+            (expected.abs() > VANISHES * bound).then(|| format!("it is {ratio:.6} times what it should be"))
+        }
+        _ => Some(format!("every element is {ratio:.6} times what it should be")),
+    }
 }
 
 fn constant_ratio_along_an_axis(failed: &Failed<'_>) -> Option<String> {
@@ -190,12 +201,12 @@ fn where_wrong(failed: &Failed<'_>, file: &CaseFile) -> Option<String> {
             [("grad.base.weight", 0), ("grad.lora_embedding_A", 1)].into_iter().find(|(name, _)| *name == failed.name);
         if let Some((_, axis)) = axis {
             let repeats = |index: &Vec<usize>| counts.get(&index[axis]).is_some_and(|&count| count > 1);
-            if wrong.iter().all(repeats) {
-                return Some(format!("{share}, all of them where an id occurs more than once"));
-            }
             let padding = file.case.settings.get("padding_idx").and_then(serde_json::Value::as_u64);
             if wrong.iter().all(|index| Some(index[axis] as u64) == padding) {
                 return Some(format!("{share}, all of them at padding_idx"));
+            }
+            if wrong.iter().all(repeats) {
+                return Some(format!("{share}, all of them where an id occurs more than once"));
             }
         }
     }

@@ -13,6 +13,7 @@
 //! ```
 
 use super::case_file::FORMAT;
+use super::diagnose::is_result;
 use super::verify::{SLACK, Tolerance, Verdict, expected};
 use super::{CaseFile, Dtype};
 use crate::Result;
@@ -186,13 +187,14 @@ fn one(layer: &'static dyn Subject, spec: &Spec, options: Options) -> Result<(En
     Ok((entry, bytes))
 }
 
-/// The mistakes whose results, rounded to the file's type, are rejected.
+/// The mistakes whose y and gradients, rounded to the file's type, are rejected.
 fn catches(layer: &dyn Subject, file: &CaseFile) -> Result<Vec<&'static str>> {
     let expected = expected(file, Tolerance::default())?;
     with_mistakes(layer, &file.case, &layer.define(&file.case)?, |spoiling| {
         let mut caught = vec![];
         for mistake in of_layer(layer.name()) {
-            let Some(theirs) = results(&[mistake], spoiling)? else { continue };
+            let Some(mut theirs) = results(&[mistake], spoiling)? else { continue };
+            theirs.retain(|name, _| is_result(name));
             let mut case = file.case.clone();
             case.extend(theirs);
             let judged = expected.judge(&CaseFile::rounded(case, file.dtype("y")));
