@@ -58,8 +58,8 @@ fn written(folders: &[&str]) -> BTreeSet<String> {
     labels(lines(folders).iter().flat_map(|line| line.split('"').skip(1).step_by(2)))
 }
 
-/// The folders and files that compute what SPEC.md derives; what only tells of it is none of them, nor are identities, whose labels
-/// are data.
+/// The folders and files that compute what SPEC.md derives; what only tells of it is none of them, nor are identities,
+/// whose labels are data.
 const COMPUTING: &[&str] = &[
     "src/bench",
     "src/cases",

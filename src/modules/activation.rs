@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 const CHUNK: usize = 1 << 13;
 
 /// Changes chunks of some values beside those of others, on all threads where there are many.
-fn in_chunks<T: Scalar>(values: &mut ArrayD<T>, beside: &ArrayD<T>, change: impl Fn(&mut [T], &[T]) + Sync) {
+pub(super) fn in_chunks<T: Scalar>(values: &mut ArrayD<T>, beside: &ArrayD<T>, change: impl Fn(&mut [T], &[T]) + Sync) {
     let elements = values.len();
     let values = values.as_slice_mut().expect("standard layout");
     let beside = beside.as_slice().expect("standard layout");

@@ -1,8 +1,11 @@
 //! Modules one after the other, and around each other. SPEC.md, section 13.6.
 
+use super::activation::in_chunks;
 use super::{
     Back, Backward, Described, Find, Forward, LARGEST, Module, Pass, Settings, Signal, defined, prefixed, run_part,
 };
+use crate::operators::in_standard_layout;
+use crate::simd::add_scaled;
 use crate::{Error, Real, Result, Scalar};
 use ndarray::{ArrayD, Zip};
 use rand_pcg::Pcg64;
@@ -154,19 +157,16 @@ struct Residual<T> {
     inner: Sequential<T>,
 }
 
-fn add<T: Scalar>(into: &mut ArrayD<T>, values: &ArrayD<T>) {
-    Zip::from(into).and(values).par_for_each(|into, &value| *into += value);
-}
-
 impl<T: Scalar> Module<T> for Residual<T> {
     fn forward<'m>(&'m self, x: Signal<T>, pass: &Pass<'m, T>) -> Result<Forward<'m, T>> {
-        let x = x.values()?;
-        let (mut y, backward) = self.inner.forward(Signal::Values(pass.copy(&x)), pass)?;
+        let x = in_standard_layout(x.values()?);
+        let (y, backward) = self.inner.forward(Signal::Values(pass.copy(&x)), pass)?;
         if y.shape() != x.shape() {
             let expected = format!("{:?}, that of what it is added to", x.shape());
             return Err(Error::Shape { tensor: "f(x)".into(), expected, found: y.shape().to_vec() }); // C1
         }
-        add(&mut y, &x); // E105
+        let mut y = in_standard_layout(y);
+        in_chunks(&mut y, &x, |y, x| add_scaled(T::one(), x, y)); // E105
         pass.recycle(x);
         let pass = pass.clone();
         Ok((
@@ -176,7 +176,8 @@ impl<T: Scalar> Module<T> for Residual<T> {
                 let Back { x, parameters } = backward(dy)?;
                 let x = match (kept, x) {
                     (Some(mut dx), Some(through)) => {
-                        add(&mut dx, &through); // E106
+                        let through = in_standard_layout(through);
+                        in_chunks(&mut dx, &through, |dx, through| add_scaled(T::one(), through, dx)); // E106
                         pass.recycle(through);
                         Some(dx)
                     }

@@ -121,13 +121,12 @@ fn as_narrow(failed: &Failed<'_>, file: &CaseFile) -> Option<String> {
 
 fn constant_ratio(failed: &Failed<'_>) -> Option<String> {
     let ratio = failed.ratio()?;
-    match failed.elements().next()? {
-        // Of what is nearly 0 anything is a multiple.
-        (_, (expected, bound)) if failed.actual.len() == 1 => {
-            (expected.abs() > VANISHES * bound).then(|| format!("it is {ratio:.6} times what it should be"))
-        }
-        _ => Some(format!("every element is {ratio:.6} times what it should be")),
+    if failed.actual.len() > 1 {
+        return Some(format!("every element is {ratio:.6} times what it should be"));
     }
+    // Of what is nearly 0 anything is a multiple.
+    let vanishes = failed.elements().all(|(_, (expected, bound))| expected.abs() <= VANISHES * bound);
+    (!vanishes).then(|| format!("it is {ratio:.6} times what it should be"))
 }
 
 fn constant_ratio_along_an_axis(failed: &Failed<'_>) -> Option<String> {
