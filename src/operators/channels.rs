@@ -54,7 +54,7 @@ fn blocks_mut<T>(a: ArrayViewMut3<'_, T>) -> impl Iterator<Item = ArrayViewMut3<
 }
 
 /// Does something to every block of so many elements, in parallel where that pays.
-fn for_each<I: Send>(elements: usize, blocks: impl Iterator<Item = I>, run: impl Fn(I) + Send + Sync) {
+pub(super) fn for_each<I: Send>(elements: usize, blocks: impl Iterator<Item = I>, run: impl Fn(I) + Send + Sync) {
     if elements < PARALLEL_ELEMENTS {
         blocks.for_each(run);
     } else {

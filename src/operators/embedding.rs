@@ -1,5 +1,6 @@
 //! Embedding: `y[n, u] = embed_scale W[u, ids[n]]`, a row of the stored table an id. SPEC.md, section 3.3.
 
+use super::channels::for_each;
 use super::{Input, Operator, Term, in_standard_layout};
 use crate::{Error, Result, Scalar};
 use ndarray::{
@@ -191,9 +192,10 @@ impl Operator for Embedding {
     fn apply_into<T: Scalar>(&self, x: &Ids, weights: &[ArrayView2<'_, T>], outputs: Vec<ArrayViewMut3<'_, T>>) {
         let scale = T::from_f64(self.embed_scale);
         for (weight, mut y) in weights.iter().zip(outputs) {
-            for (mut row, id) in y.index_axis_mut(Axis(2), 0).outer_iter_mut().zip(self.columns(x)) {
-                Zip::from(&mut row).and(weight.column(id)).for_each(|y, &w| *y = scale * w); // E39
-            }
+            let (elements, mut y) = (y.len(), y.index_axis_mut(Axis(2), 0));
+            for_each(elements, y.outer_iter_mut().zip(self.columns(x)), |(mut y, id)| {
+                Zip::from(&mut y).and(weight.column(id)).for_each(|y, &w| *y = scale * w); // E39
+            });
         }
     }
 
@@ -208,13 +210,11 @@ impl Operator for Embedding {
     fn adjoint_weight_into<T: Scalar>(&self, x: &Ids, dy: ArrayView3<'_, T>, mut dweight: ArrayViewMut2<'_, T>) {
         let scale = T::from_f64(self.embed_scale);
         let fraction = self.fraction(x);
-        // Rows of ids, so that what is scattered lies contiguous.
-        let mut dw = Array2::zeros((self.num_embeddings, dy.len_of(Axis(1))));
+        dweight.fill(T::zero());
         for (dy, id) in dy.index_axis(Axis(2), 0).outer_iter().zip(self.columns(x)) {
             let part = fraction.as_ref().map_or(scale, |fraction| scale * T::from_f64(fraction[id]));
-            dw.row_mut(id).scaled_add(part, &dy); // E40
+            dweight.column_mut(id).scaled_add(part, &dy); // E40
         }
-        dweight.assign(&dw.t());
     }
 
     fn gradient_fraction<T: Scalar>(&self, x: &Ids) -> Option<Vec<f64>> {

@@ -1,13 +1,14 @@
 //! The three maps of a convolution, a tile of output positions at a time: `Y = W X`, `dx = fold(W^T dY)`,
 //! `dW = dY X^T`, X the unfolded input. SPEC.md, section 3.4 and 3.5.
 
-use super::channels::sum;
+use super::channels::{for_each, sum};
 use super::conv::Conv;
 use super::shifts::Shifts;
 use super::unfold::{TILE, Windows};
 use super::{Operator, group_slice};
 use crate::Scalar;
 use crate::matmul::{Accumulate, product_into_on_this_thread, run_tasks};
+use crate::simd::contiguous;
 use ndarray::{
     Array2, Array3, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, CowArray, Ix2, Slice, concatenate,
 };
@@ -42,8 +43,14 @@ fn stacked<'a, T: Scalar>(
 /// A weight `[rows, channels * kernel]` kernel position by kernel position: `[kernel, rows, channels]`.
 fn by_tap<T: Scalar>(weight: ArrayView2<'_, T>, kernel: usize) -> Array3<T> {
     let (rows, columns) = weight.dim();
-    let weight = weight.to_shape((rows, columns / kernel, kernel)).expect("as many columns");
-    weight.permuted_axes([2, 0, 1]).as_standard_layout().into_owned()
+    let mut taps = Array3::zeros((kernel, rows, columns / kernel));
+    for_each(weight.len(), taps.outer_iter_mut().enumerate(), |(k, mut tap)| {
+        for (mut tap, row) in tap.outer_iter_mut().zip(weight.outer_iter()) {
+            let of_tap = contiguous(row);
+            tap.iter_mut().zip(of_tap.iter().skip(k).step_by(kernel)).for_each(|(tap, &weight)| *tap = weight);
+        }
+    });
+    taps
 }
 
 /// Columns of a matrix.
@@ -127,16 +134,16 @@ impl<const N: usize> Conv<N> {
         pairs: &[(ArrayView3<'_, T>, ArrayView2<'_, T>)],
         dx: ArrayViewMut3<'_, T>,
     ) {
-        let weights = pairs.iter().map(|(_, weight)| *weight);
-        let of_groups: Vec<_> = (0..self.groups).map(|q| stacked(weights.clone(), q, self.groups)).collect();
         let channels = self.in_channels / self.groups;
-        if let Some(shifts) = Shifts::adjoint(windows.axes, of_groups[0].nrows(), channels) {
-            let of_group = |weight: &CowArray<'_, T, Ix2>| {
-                let mut weight = by_tap(weight.view(), windows.kernel);
+        let rows: usize = pairs.iter().map(|(_, weight)| weight.nrows() / self.groups).sum();
+        if let Some(shifts) = Shifts::adjoint(windows.axes, rows, channels) {
+            let of_group = |q: usize| {
+                let weights = pairs.iter().map(|(_, weight)| *weight);
+                let mut weight = by_tap(stacked(weights, q, self.groups).view(), windows.kernel);
                 weight.invert_axis(Axis(0));
                 weight.permuted_axes([0, 2, 1]).as_standard_layout().into_owned()
             };
-            let weights: Vec<_> = of_groups.iter().map(of_group).collect();
+            let weights: Vec<_> = (0..self.groups).map(of_group).collect();
             let dys: Vec<_> = pairs.iter().map(|(dy, _)| dy.as_standard_layout()).collect();
             let dys: Vec<_> = dys.iter().map(|dy| dy.view()).collect();
             return shifts.outputs(&dys, &weights, vec![dx]); // E78
@@ -151,27 +158,20 @@ impl<const N: usize> Conv<N> {
                 }
             }
         }
-        let width = TILE.min(windows.positions());
-        let (rows, most) = (of_groups[0].nrows(), self.fan_in().min(CHANNELS * windows.kernel));
-        let scratch = || (Array2::zeros((rows, width)), Array2::zeros((most, width)));
-        run_tasks(tasks, scratch, |(dys, gradients), (image, q, of_channels, mut dx)| {
-            let weight = columns(of_groups[q].view(), of_channels.clone());
+        let (width, most) = (TILE.min(windows.positions()), self.fan_in().min(CHANNELS * windows.kernel));
+        let scratch = || Array2::zeros((most, width));
+        run_tasks(tasks, scratch, |gradients, (image, q, of_channels, mut dx)| {
             dx.fill(T::zero());
             for tile in tiles(windows.positions()) {
-                let mut dys = columns_mut(dys, 0..tile.len());
-                let mut start = 0;
-                for (dy, _) in pairs {
-                    let dy = dy.index_axis(Axis(0), image);
-                    let dy =
-                        columns(dy.slice_axis_move(Axis(0), group_slice(q, self.groups, dy.nrows())), tile.clone());
-                    let end = start + dy.nrows();
-                    dys.slice_axis_mut(Axis(0), Slice::from(start..end)).assign(&dy);
-                    start = end;
-                }
                 let mut gradient = columns_mut(gradients, 0..tile.len());
                 gradient.slice_axis_inplace(Axis(0), Slice::from(0..of_channels.len()));
-                let into = gradient.view_mut();
-                product_into_on_this_thread(T::one(), weight.t(), dys.view(), Accumulate::Replace, into); // E47
+                for (nth, (dy, weight)) in pairs.iter().enumerate() {
+                    let rows = group_slice(q, self.groups, weight.nrows());
+                    let weight = columns(weight.slice_axis(Axis(0), rows), of_channels.clone());
+                    let dy = columns(dy.index_axis(Axis(0), image).slice_axis_move(Axis(0), rows), tile.clone());
+                    let accumulate = if nth == 0 { Accumulate::Replace } else { Accumulate::Add };
+                    product_into_on_this_thread(T::one(), weight.t(), dy, accumulate, gradient.view_mut()); // E47
+                }
                 windows.fold(gradient.view(), tile.start, dx.view_mut()); // E47
             }
         });
