@@ -11,6 +11,24 @@ pub(crate) fn contiguous<T: Clone>(row: ArrayView1<'_, T>) -> Cow<'_, [T]> {
     row.to_slice().map_or_else(|| row.to_vec().into(), Cow::from)
 }
 
+/// Copies as many as `into` has. A line of a small image is copied before the library's function is called.
+#[inline(always)]
+pub(crate) fn copy<T: Copy>(from: &[T], into: &mut [T]) {
+    if into.len() > 64 {
+        return into.copy_from_slice(from);
+    }
+    let ((from, from_rest), (into, into_rest)) = (from.as_chunks::<8>(), into.as_chunks_mut::<8>());
+    into.iter_mut().zip(from).for_each(|(into, from)| *into = *from);
+    let ((from, from_rest), (into, into_rest)) = (from_rest.as_chunks::<4>(), into_rest.as_chunks_mut::<4>());
+    into.iter_mut().zip(from).for_each(|(into, from)| *into = *from);
+    // One by one: a loop over all of them would be made that call.
+    for i in 0..3 {
+        if let (Some(into), Some(from)) = (into_rest.get_mut(i), from_rest.get(i)) {
+            *into = *from;
+        }
+    }
+}
+
 /// Sums kept beside each other: four registers of f64, two of f32.
 const LANES: usize = 16;
 

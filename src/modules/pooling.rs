@@ -1,12 +1,12 @@
 //! Pooling: the largest or the mean of every window of every channel. SPEC.md, section 13.2.
 
 use super::{Back, Described, Find, Forward, Module, Pass, Signal, defined};
-use crate::operators::{Extents, PARALLEL_ELEMENTS};
+use crate::operators::{Extents, for_each, in_standard_layout};
 use crate::{Error, Real, Result, Scalar};
 use ndarray::ArrayD;
 use rand_pcg::Pcg64;
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use std::hint::select_unpredictable;
 
 /// PyTorch's `nn.MaxPool1d` (N = 1) and `nn.MaxPool2d` (N = 2): x `[batch, channels, size...]`. Of equal ones the first
 /// is the largest.
@@ -162,19 +162,8 @@ fn slice<T: Scalar>(values: &ArrayD<T>) -> &[T] {
     values.as_slice().expect("standard layout")
 }
 
-/// Runs over the channels of all samples, on all threads where there are many elements. Every channel writes `width`
-/// elements of `written`.
-fn over_channels<W: Send>(
-    written: &mut [W],
-    width: usize,
-    elements: usize,
-    run: impl Fn(usize, &mut [W]) + Sync + Send,
-) {
-    if elements < PARALLEL_ELEMENTS {
-        written.chunks_exact_mut(width).enumerate().for_each(|(channel, written)| run(channel, written));
-    } else {
-        written.par_chunks_exact_mut(width).enumerate().for_each(|(channel, written)| run(channel, written));
-    }
+fn slice_mut<T: Scalar>(values: &mut ArrayD<T>) -> &mut [T] {
+    values.as_slice_mut().expect("standard layout")
 }
 
 impl<const N: usize> MaxPooling<N> {
@@ -185,42 +174,40 @@ impl<const N: usize> MaxPooling<N> {
 
 impl<T: Scalar, const N: usize> Module<T> for MaxPooling<N> {
     fn forward<'m>(&'m self, x: Signal<T>, pass: &Pass<'m, T>) -> Result<Forward<'m, T>> {
-        let x = crate::operators::in_standard_layout(x.values()?);
+        let x = in_standard_layout(x.values()?);
         let places = self.window()?.places(x.shape())?;
         let channels: usize = x.shape()[..2].iter().product();
         let (inputs, outputs) = (places.inputs, places.outputs);
-        // A NaN is the largest, so that it is seen.
-        let beats = |new: T, old: T| new > old || new.is_nan() && !old.is_nan();
-        // What is largest, and where.
-        let mut largest = vec![(T::zero(), 0u32); channels * outputs];
-        over_channels(&mut largest, outputs, x.len(), |channel, largest| {
-            let x = &slice(&x)[channel * inputs..][..inputs];
-            for (output, largest) in largest.iter_mut().enumerate() {
+        let mut y = pass.array(&places.output);
+        let mut largest = vec![0_u32; channels * outputs];
+        let of_channels = slice_mut(&mut y).chunks_exact_mut(outputs).zip(largest.chunks_exact_mut(outputs));
+        for_each(x.len(), of_channels.zip(slice(&x).chunks_exact(inputs)), |((y, largest), x)| {
+            for (output, (y, largest)) in y.iter_mut().zip(largest).enumerate() {
                 let (&first, others) = places.of(output).split_first().expect("a window");
-                *largest = others.iter().fold((x[first as usize], first), |best, &place| {
-                    let value = x[place as usize];
-                    if beats(value, best.0) { (value, place) } else { best } // E90
+                *largest = others.iter().fold(first, |best, &place| {
+                    let (old, new) = (x[best as usize], x[place as usize]);
+                    // A NaN is the largest, so that it is seen.
+                    let beats = (new > old) | (new.is_nan() & !old.is_nan());
+                    select_unpredictable(beats, place, best) // E90
                 });
+                *y = x[*largest as usize];
             }
         });
-        let y = largest.iter().map(|(value, _)| *value).collect();
-        let y = ArrayD::from_shape_vec(places.output, y).expect("as many outputs");
         let shape = x.shape().to_vec();
         pass.recycle(x);
         let pass = pass.clone();
         Ok((
             y,
             Box::new(move |dy| {
-                let dy = crate::operators::in_standard_layout(dy);
+                let dy = in_standard_layout(dy);
                 let mut dx = pass.array(&shape);
                 let elements = dx.len();
-                over_channels(dx.as_slice_mut().expect("a fresh array"), inputs, elements, |channel, dx| {
+                let of_channels = slice_mut(&mut dx).chunks_exact_mut(inputs).zip(largest.chunks_exact(outputs));
+                for_each(elements, of_channels.zip(slice(&dy).chunks_exact(outputs)), |((dx, largest), dy)| {
                     dx.fill(T::zero());
-                    let all = channel * outputs..(channel + 1) * outputs;
-                    for ((_, place), &dy) in largest[all.clone()].iter().zip(&slice(&dy)[all]) {
-                        dx[*place as usize] += dy; // E91
-                    }
+                    largest.iter().zip(dy).for_each(|(&place, &dy)| dx[place as usize] += dy); // E91
                 });
+                pass.recycle(dy);
                 Ok(Back::of_input(dx))
             }),
         ))
@@ -229,14 +216,14 @@ impl<T: Scalar, const N: usize> Module<T> for MaxPooling<N> {
 
 impl<T: Scalar, const N: usize> Module<T> for AveragePooling<N> {
     fn forward<'m>(&'m self, x: Signal<T>, pass: &Pass<'m, T>) -> Result<Forward<'m, T>> {
-        let x = crate::operators::in_standard_layout(x.values()?);
+        let x = in_standard_layout(x.values()?);
         let window = self.window()?;
         let places = window.places(x.shape())?;
         let (inputs, outputs) = (places.inputs, places.outputs);
         let part = T::one() / T::from_f64(window.elements() as f64);
-        let mut y = ArrayD::zeros(places.output.as_slice());
-        over_channels(y.as_slice_mut().expect("a fresh array"), outputs, x.len(), |channel, y| {
-            let x = &slice(&x)[channel * inputs..][..inputs];
+        let mut y = pass.array(&places.output);
+        let of_channels = slice_mut(&mut y).chunks_exact_mut(outputs).zip(slice(&x).chunks_exact(inputs));
+        for_each(x.len(), of_channels, |(y, x)| {
             for (output, y) in y.iter_mut().enumerate() {
                 let seen = places.of(output).iter().map(|&place| x[place as usize]);
                 *y = seen.fold(T::zero(), |sum, x| sum + x) * part; // E92
@@ -248,15 +235,17 @@ impl<T: Scalar, const N: usize> Module<T> for AveragePooling<N> {
         Ok((
             y,
             Box::new(move |dy| {
-                let dy = crate::operators::in_standard_layout(dy);
+                let dy = in_standard_layout(dy);
                 let mut dx = pass.array(&shape);
                 let elements = dx.len();
-                over_channels(dx.as_slice_mut().expect("a fresh array"), inputs, elements, |channel, dx| {
+                let of_channels = slice_mut(&mut dx).chunks_exact_mut(inputs).zip(slice(&dy).chunks_exact(outputs));
+                for_each(elements, of_channels, |(dx, dy)| {
                     dx.fill(T::zero());
-                    for (output, &dy) in slice(&dy)[channel * outputs..][..outputs].iter().enumerate() {
+                    for (output, &dy) in dy.iter().enumerate() {
                         places.of(output).iter().for_each(|&place| dx[place as usize] += dy * part); // E97
                     }
                 });
+                pass.recycle(dy);
                 Ok(Back::of_input(dx))
             }),
         ))

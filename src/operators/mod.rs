@@ -36,7 +36,7 @@ mod tiles;
 mod unfold;
 
 pub(crate) use channels::{
-    Contracted, PARALLEL_ELEMENTS, channel_products, channel_square_products, channel_sums, contract,
+    Contracted, PARALLEL_ELEMENTS, channel_products, channel_square_products, channel_sums, contract, for_each,
     mix_adjoint_input, mix_adjoint_weight, mix_into, scale_and_mix_into, scale_into,
 };
 pub use conv::{Conv, Conv1d, Conv2d, Conv3d, ConvSettings, Extents, Padding, PaddingWord};

@@ -9,7 +9,7 @@ use super::group_slice;
 use super::unfold::{Geometry, NOWHERE, PaddingMode, TILE};
 use crate::Scalar;
 use crate::matmul::{Accumulate, product_into_on_this_thread, run_tasks};
-use crate::simd::add_scaled;
+use crate::simd::{add_scaled, copy};
 use ndarray::{Array2, Array3, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, Slice};
 use std::ops::Range;
 
@@ -193,37 +193,41 @@ impl Shifts {
     fn fill<'a, T: Scalar>(
         &self,
         tile: &Tile,
-        images: impl Iterator<Item = ArrayView2<'a, T>> + Clone,
+        images: impl Iterator<Item = ArrayView2<'a, T>>,
         band: ArrayViewMut2<'_, T>,
     ) {
         let [outer, lines, columns] = &self.axes;
         let length = self.pitch(tile);
-        let mut rows = band.into_outer_iter_mut();
-        for &[k, line_remainder, remainder] in &self.sheets {
+        let channels: Vec<&[T]> = images
+            .flat_map(|image| image.into_outer_iter())
+            .map(|channel| channel.to_slice().expect("standard layout"))
+            .collect();
+        let mut rows: Vec<&mut [T]> =
+            band.into_outer_iter_mut().map(|row| row.into_slice().expect("standard layout")).collect();
+        for (&[k, line_remainder, remainder], rows) in self.sheets.iter().zip(rows.chunks_exact_mut(channels.len())) {
             let sheet = self.sources[0][tile.output * outer.stride + k * outer.dilation];
             let inside = columns.inside_of(remainder);
-            for channel in images.clone().flat_map(|image| image.into_outer_iter()) {
-                let channel = channel.to_slice().expect("standard layout");
-                let row = rows.next().expect("a row a sheet and channel").into_slice().expect("standard layout");
-                let mut at = 0;
-                while at < length {
-                    let place = tile.places.start + at;
-                    let (line, from) = (place / self.line, place % self.line);
-                    let into = &mut row[at..(at + self.line - from).min(length)];
-                    at += into.len();
-                    let source = self.sources[1].get(line * lines.stride + line_remainder).copied().unwrap_or(NOWHERE);
-                    if sheet == NOWHERE || source == NOWHERE {
-                        into.fill(T::zero());
-                        continue;
-                    }
-                    let x = &channel[(sheet * lines.size + source) * columns.size..][..columns.size];
-                    let to = from + into.len();
-                    let inside = inside.start.clamp(from, to)..inside.end.clamp(from, to);
+            let mut at = 0;
+            while at < length {
+                let place = tile.places.start + at;
+                let (line, from) = (place / self.line, place % self.line);
+                let of_line = at..(at + self.line - from).min(length);
+                let to = from + of_line.len();
+                at = of_line.end;
+                let source = self.sources[1].get(line * lines.stride + line_remainder).copied().unwrap_or(NOWHERE);
+                if sheet == NOWHERE || source == NOWHERE {
+                    rows.iter_mut().for_each(|row| row[of_line.clone()].fill(T::zero()));
+                    continue;
+                }
+                let x = (sheet * lines.size + source) * columns.size;
+                let inside = inside.start.clamp(from, to)..inside.end.clamp(from, to);
+                for (row, channel) in rows.iter_mut().zip(&channels) {
+                    let (into, x) = (&mut row[of_line.clone()], &channel[x..][..columns.size]);
                     if !inside.is_empty() {
                         let x = &x[inside.start * columns.stride + remainder - columns.before..];
                         let into = &mut into[inside.start - from..inside.end - from];
                         if columns.stride == 1 {
-                            into.copy_from_slice(&x[..into.len()]);
+                            copy(&x[..into.len()], into);
                         } else {
                             into.iter_mut().zip(x.iter().step_by(columns.stride)).for_each(|(into, &x)| *into = x);
                         }
@@ -277,7 +281,7 @@ impl Shifts {
             let run = (self.line - from).min(products.len() - at);
             let outputs = columns.saturating_sub(from).min(run);
             let (into, rest) = output.split_at_mut(outputs);
-            into.copy_from_slice(&products[at..at + outputs]);
+            copy(&products[at..at + outputs], into);
             (at, output) = (at + run, rest);
         }
     }

@@ -4,6 +4,7 @@
 //! padding mode are one piece of code.
 
 use crate::Scalar;
+use crate::simd::copy;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, Slice};
 use std::ops::Range;
 
@@ -192,8 +193,13 @@ impl<const N: usize> Windows<N> {
         self.axes.iter().map(|axis| axis.size).product()
     }
 
-    /// Visits what kernel position `k` (row-major) reads for `length` output positions from `start` on.
-    fn runs(&self, k: usize, start: usize, length: usize, mut visit: impl FnMut(Run<'_>)) {
+    /// What every kernel position (row-major) reads for `length` output positions from `start` on: the same in every
+    /// channel.
+    fn runs(&self, start: usize, length: usize) -> Vec<Vec<Run<'_>>> {
+        (0..self.kernel).map(|k| self.runs_of(k, start, length)).collect()
+    }
+
+    fn runs_of(&self, k: usize, start: usize, length: usize) -> Vec<Run<'_>> {
         let last = N - 1;
         let mut offsets = [0; N];
         let mut rest = k;
@@ -202,7 +208,7 @@ impl<const N: usize> Windows<N> {
         }
         let extent = self.output[last];
         let inside = &self.inside[offsets[last]];
-        let mut at = 0;
+        let (mut runs, mut at) = (Vec::with_capacity(length / extent + 2), 0);
         while at < length {
             let position = start + at;
             let (mut outer, from) = (position / extent, position % extent);
@@ -216,28 +222,32 @@ impl<const N: usize> Windows<N> {
             }
             let sources = &self.sources[last][offsets[last] * extent + from..][..run];
             let clamp = |p: usize| p.clamp(from, from + run) - from;
-            visit(Run { at, line, sources, inside: clamp(inside.start)..clamp(inside.end) });
+            runs.push(Run { at, line, sources, inside: clamp(inside.start)..clamp(inside.end) });
             at += run;
         }
+        runs
     }
 
     /// `columns[c k, p] = x[c, source(p, k)]` for the output positions `start..`, as many as there are columns.
     ///
     /// x `[channels, inputs]`, columns `[channels * kernel, positions]`, both in standard layout. E44
     pub fn unfold<T: Scalar>(&self, x: ArrayView2<'_, T>, start: usize, mut columns: ArrayViewMut2<'_, T>) {
-        let (length, stride) = (columns.ncols(), self.axes[N - 1].stride);
+        let (runs, stride) = (self.runs(start, columns.ncols()), self.axes[N - 1].stride);
         for (row, mut column) in columns.axis_iter_mut(Axis(0)).enumerate() {
             let x = x.index_axis(Axis(0), row / self.kernel);
             let x = x.as_slice().expect("standard layout");
             let column = column.as_slice_mut().expect("standard layout");
-            self.runs(row % self.kernel, start, length, |Run { at, line, sources, inside }| {
-                let into = &mut column[at..at + sources.len()];
-                let Some(line) = line else { return into.fill(T::zero()) };
+            for Run { at, line, sources, inside } in &runs[row % self.kernel] {
+                let into = &mut column[*at..at + sources.len()];
+                let Some(line) = line else {
+                    into.fill(T::zero());
+                    continue;
+                };
                 if !inside.is_empty() {
                     let x = &x[line + sources[inside.start]..];
                     let into = &mut into[inside.clone()];
                     if stride == 1 {
-                        into.copy_from_slice(&x[..into.len()]); // E44
+                        copy(&x[..into.len()], into); // E44
                     } else {
                         into.iter_mut().zip(x.iter().step_by(stride)).for_each(|(into, &x)| *into = x); // E44
                     }
@@ -245,16 +255,17 @@ impl<const N: usize> Windows<N> {
                 for i in (0..inside.start).chain(inside.end..sources.len()) {
                     into[i] = if sources[i] == NOWHERE { T::zero() } else { x[line + sources[i]] }; // E44
                 }
-            });
+            }
         }
     }
 
     /// The adjoint of unfold: `x[c, source(p, k)] += columns[c k, p]`. E45
     pub fn fold<T: Scalar>(&self, columns: ArrayView2<'_, T>, start: usize, mut x: ArrayViewMut2<'_, T>) {
+        let runs = self.runs(start, columns.ncols());
         for (row, column) in columns.axis_iter(Axis(0)).enumerate() {
             let mut x = x.index_axis_mut(Axis(0), row / self.kernel);
             let x = x.as_slice_mut().expect("standard layout");
-            self.scatter(row % self.kernel, start, column.to_slice().expect("standard layout"), x); // E45
+            self.scatter(&runs[row % self.kernel], column.to_slice().expect("standard layout"), x); // E45
         }
     }
 
@@ -286,19 +297,20 @@ impl<const N: usize> Windows<N> {
     /// dy `[rows, positions]`; `rows` `[rows * kernel, inputs]` in standard layout. E74
     pub fn spread<T: Scalar>(&self, dy: ArrayView2<'_, T>, mut rows: ArrayViewMut2<'_, T>) {
         rows.fill(T::zero());
+        let runs = self.runs(0, dy.ncols());
         for (row, mut into) in rows.axis_iter_mut(Axis(0)).enumerate() {
             let dy = dy.index_axis(Axis(0), row / self.kernel);
             let (dy, into) = (dy.to_slice().expect("contiguous rows"), into.as_slice_mut().expect("standard layout"));
-            self.scatter(row % self.kernel, 0, dy, into); // E74
+            self.scatter(&runs[row % self.kernel], dy, into); // E74
         }
     }
 
-    /// `into[source(p, k)] += from[p]` for the output positions `start..` of kernel position k.
-    fn scatter<T: Scalar>(&self, k: usize, start: usize, from: &[T], into: &mut [T]) {
+    /// `into[source(p, k)] += from[p]` for the runs of kernel position k.
+    fn scatter<T: Scalar>(&self, runs: &[Run<'_>], from: &[T], into: &mut [T]) {
         let stride = self.axes[N - 1].stride;
-        self.runs(k, start, from.len(), |Run { at, line, sources, inside }| {
-            let Some(line) = line else { return };
-            let from = &from[at..at + sources.len()];
+        for Run { at, line, sources, inside } in runs {
+            let Some(line) = line else { continue };
+            let from = &from[*at..at + sources.len()];
             if !inside.is_empty() {
                 let into = &mut into[line + sources[inside.start]..];
                 let from = &from[inside.clone()];
@@ -313,7 +325,7 @@ impl<const N: usize> Windows<N> {
                     into[line + sources[i]] += from[i];
                 }
             }
-        });
+        }
     }
 
     /// Every pair of output position and input position that kernel position `k` joins, by the definition: a window

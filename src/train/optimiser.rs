@@ -3,6 +3,7 @@
 use super::place::Misfit;
 use crate::wora::Method;
 use crate::{Error, Result, Scalar};
+use multiversion::multiversion;
 use ndarray::{ArrayD, ArrayViewMutD, Zip};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -288,11 +289,32 @@ impl<T: Scalar> Move<'_, T> {
         let keep_second = T::from_f64(adam.betas[1]);
         let shrink = T::from_f64(if self.decays { 1.0 - self.rate * adam.weight_decay } else { 1.0 });
         let [step, root, eps] = [self.rate / of_first, of_second.sqrt(), adam.eps].map(T::from_f64);
-        Zip::from(parameter).and(first).and(second).and(*gradient).for_each(|p, m, v, &g| {
-            *m += forget_first * (g - *m); // E137
-            *v = keep_second * *v + forget_second * g * g; // E138
-            *p = *p * shrink - step * *m / (v.sqrt() / root + eps); // E139
-        });
+        let factors = AdamFactors { forget_first, keep_second, forget_second, shrink, step, root, eps };
+        let means = [first, second].map(|mean| mean.as_slice_mut().expect("standard layout"));
+        let parameter = parameter.as_slice_mut().expect("standard layout");
+        adapt_each(factors, parameter, means, gradient.as_slice().expect("standard layout"));
+    }
+}
+
+/// What [`AdamW`] multiplies by in one step.
+#[derive(Clone, Copy)]
+struct AdamFactors<T> {
+    forget_first: T,
+    keep_second: T,
+    forget_second: T,
+    shrink: T,
+    step: T,
+    root: T,
+    eps: T,
+}
+
+#[multiversion(targets("x86_64+avx2"))]
+fn adapt_each<T: Scalar>(factors: AdamFactors<T>, parameter: &mut [T], [first, second]: [&mut [T]; 2], gradient: &[T]) {
+    let AdamFactors { forget_first, keep_second, forget_second, shrink, step, root, eps } = factors;
+    for (((p, m), v), &g) in parameter.iter_mut().zip(first).zip(second).zip(gradient) {
+        *m += forget_first * (g - *m); // E137
+        *v = keep_second * *v + forget_second * g * g; // E138
+        *p = *p * shrink - step * *m / (v.sqrt() / root + eps); // E139
     }
 }
 
