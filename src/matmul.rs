@@ -136,8 +136,11 @@ mod backend {
     const SMALL: usize = 1 << 27;
     /// Rows or columns of such a block.
     const BLOCK: usize = 128;
-    /// Terms of a sum that one task adds up, where a product is small and its sums are long.
-    const TERMS: usize = 2048;
+    /// Terms of a sum that one task adds up, at least and at most, where a product of no more elements than `FEW_SUMS` has
+    /// sums so much longer than its rows and columns.
+    const TERMS: [usize; 2] = [512, 2048];
+    const FEW_SUMS: usize = 1 << 18;
+    const LONGER: usize = 4;
     /// Where B has no more columns than this, columns of A are copied so many at a time.
     const FEW: usize = 16;
     const COPIED: usize = 64;
@@ -157,12 +160,15 @@ mod backend {
         let (rows, columns, terms) = (c.nrows(), c.ncols(), a.ncols());
         let flops = 2 * rows * columns * terms;
         let in_blocks = flops <= SMALL || rows.min(columns) <= NARROW;
+        let longer = terms >= LONGER * rows.max(columns).max(TERMS[0]);
+        let sums_are_long = longer && rows * columns <= FEW_SUMS;
         if !parallel || flops < PARALLEL_FLOPS {
             multiply(scale, a, b, accumulate, c, Par::Seq);
-        } else if terms >= 2 * TERMS && terms >= 32 * rows.max(columns) {
-            let starts: Vec<usize> = (0..terms).step_by(TERMS).collect();
+        } else if sums_are_long {
+            let of_a_task = (terms / LONGER).clamp(TERMS[0], TERMS[1]);
+            let starts: Vec<usize> = (0..terms).step_by(of_a_task).collect();
             let part = |start: usize| {
-                let terms = Slice::from(start..(start + TERMS).min(terms));
+                let terms = Slice::from(start..(start + of_a_task).min(terms));
                 let (a, b) = (a.slice_axis(Axis(1), terms), b.slice_axis(Axis(0), terms));
                 if columns <= FEW && a.strides()[0] == 1 {
                     return columns_times_rows(scale, a, b);

@@ -48,6 +48,36 @@ pub(crate) fn dot<T: Scalar>(a: &[T], b: &[T]) -> T {
     sums.into_iter().fold(T::zero(), |all, sum| all + sum)
 }
 
+/// `sum_j a_j`
+#[multiversion(targets("x86_64+avx2"))]
+pub(crate) fn sum<T: Scalar>(a: &[T]) -> T {
+    let (a, rest) = a.as_chunks::<LANES>();
+    let mut sums = [T::zero(); LANES];
+    for a in a {
+        for (sum, &a) in sums.iter_mut().zip(a) {
+            *sum += a;
+        }
+    }
+    for (sum, &a) in sums.iter_mut().zip(rest) {
+        *sum += a;
+    }
+    sums.into_iter().fold(T::zero(), |all, sum| all + sum)
+}
+
+/// The largest, passing over what is no number.
+#[multiversion(targets("x86_64+avx2"))]
+pub(crate) fn largest<T: Scalar>(a: &[T]) -> T {
+    let larger = |largest: T, a: T| if a > largest { a } else { largest };
+    let (a, rest) = a.as_chunks::<LANES>();
+    let mut most = [T::neg_infinity(); LANES];
+    for a in a {
+        for (most, &a) in most.iter_mut().zip(a) {
+            *most = if a > *most { a } else { *most };
+        }
+    }
+    rest.iter().copied().chain(most).fold(T::neg_infinity(), larger)
+}
+
 /// `into_j = scale from_j + shift`, of as many as both have.
 #[multiversion(targets("x86_64+avx2"))]
 pub(crate) fn scale_and_shift<T: Scalar>(scale: T, shift: T, from: &[T], into: &mut [T]) {

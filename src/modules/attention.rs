@@ -3,6 +3,7 @@
 use super::weighted::check_positive;
 use super::{Back, Described, Find, Forward, LinearMap, Module, Pass, Signal, defined, prefixed, run_part, yes};
 use crate::matmul::{Accumulate, product_into_on_this_thread, run_tasks};
+use crate::simd;
 use crate::{Error, Real, Result, Scalar};
 use ndarray::{Array3, Array4, ArrayD, ArrayView2, ArrayView4, ArrayViewMut2, Axis, Ix3, Ix4, Zip};
 use rand_pcg::Pcg64;
@@ -75,10 +76,10 @@ fn softmax_rows<T: Scalar>(mut scores: ArrayViewMut2<'_, T>, causal: bool) {
         let row = row.as_slice_mut().expect("rows of a fresh array");
         let seen = if causal { place + 1 } else { row.len() };
         let (row, unseen) = row.split_at_mut(seen);
-        let largest = row.iter().fold(T::neg_infinity(), |largest, &score| largest.max(score));
+        let largest = simd::largest(row);
         row.iter_mut().for_each(|score| *score -= largest);
         T::exp_each(row);
-        let sum = row.iter().fold(T::zero(), |sum, &weight| sum + weight);
+        let sum = simd::sum(row);
         let inverse = T::one() / sum;
         row.iter_mut().for_each(|weight| *weight *= inverse);
         unseen.fill(T::zero());
@@ -157,18 +158,23 @@ fn attend_backward<T: Scalar>(
             let weights = weights.index_axis(Axis(0), head);
             let mask = mask.map(|mask| mask.index_axis(Axis(0), sample).index_axis_move(Axis(0), head));
             let dy = of(&dy, head);
-            dropped.assign(&weights);
-            if let Some(mask) = &mask {
-                *dropped *= mask;
-            }
-            small(T::one(), dropped.t(), dy.view(), dv.index_axis_mut(Axis(1), head)); // E112
+            let attended = match &mask {
+                None => weights.view(),
+                Some(mask) => {
+                    Zip::from(&mut *dropped).and(&weights).and(mask).for_each(|dropped, &w, &mask| *dropped = w * mask);
+                    dropped.view()
+                }
+            };
+            small(T::one(), attended.t(), dy.view(), dv.index_axis_mut(Axis(1), head)); // E112
             small(T::one(), dy.view(), of(&v, head).t(), dscores.view_mut()); // E116
             if let Some(mask) = &mask {
                 *dscores *= mask;
             }
             for (mut row, weights) in dscores.outer_iter_mut().zip(weights.outer_iter()) {
-                let mean = row.dot(&weights);
-                Zip::from(&mut row).and(&weights).for_each(|dscore, &weight| *dscore = weight * (*dscore - mean)); // E117
+                let row = row.as_slice_mut().expect("rows of a fresh array");
+                let weights = weights.to_slice().expect("rows of a fresh array");
+                let mean = simd::dot(row, weights);
+                row.iter_mut().zip(weights).for_each(|(dscore, &weight)| *dscore = weight * (*dscore - mean)); // E117
             }
             small(scale, dscores.view(), of(&k, head), dq.index_axis_mut(Axis(1), head)); // E118
             small(scale, dscores.t(), of(&q, head), dk.index_axis_mut(Axis(1), head)); // E119

@@ -2,8 +2,10 @@
 
 use super::weighted::check_positive;
 use super::{Back, Described, Find, Forward, Module, Parameter, Pass, Signal, defined};
+use crate::simd::{self, contiguous};
 use crate::{Error, Real, Result, Scalar};
-use ndarray::{Array1, Array2, ArrayD, ArrayViewMutD, Axis, Ix2, Zip};
+use multiversion::multiversion;
+use ndarray::{Array1, Array2, ArrayD, ArrayView2, ArrayViewMut1, ArrayViewMutD, Axis, Ix2, Zip};
 use rand_pcg::Pcg64;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -47,6 +49,11 @@ struct LayerNorm<T> {
 }
 
 impl<T: Scalar> LayerNorm<T> {
+    /// Weight and bias.
+    fn slices(&self) -> [&[T]; 2] {
+        [&self.weight, &self.bias].map(|values| values.as_slice().expect("standard layout"))
+    }
+
     /// Rows, or what is wrong with them.
     fn rows(&self, x: ArrayD<T>) -> Result<Array2<T>> {
         let features = self.weight.len();
@@ -63,25 +70,52 @@ fn as_rows<T: Scalar>(x: ArrayD<T>, features: usize) -> Array2<T> {
     crate::operators::in_standard_layout(x).into_shape_with_order((rows, features)).expect("rows")
 }
 
+fn row_mut<T>(row: ArrayViewMut1<'_, T>) -> &mut [T] {
+    row.into_slice().expect("standard layout")
+}
+
+/// A row x is normalised, and y made of it; what it was multiplied by.
+#[multiversion(targets("x86_64+avx2"))]
+fn normalise<T: Scalar>(x: &mut [T], y: &mut [T], [weight, bias]: [&[T]; 2], eps: T) -> T {
+    let count = T::from_f64(x.len() as f64);
+    let mean = simd::sum(x) / count;
+    for x in &mut *x {
+        *x -= mean;
+    }
+    let inverse = T::one() / (simd::dot(x, x) / count + eps).sqrt();
+    for (((x, y), &w), &b) in x.iter_mut().zip(y).zip(weight).zip(bias) {
+        *x *= inverse; // E98
+        *y = w * *x + b; // E99
+    }
+    inverse
+}
+
+/// The gradient of x in the place of that of y.
+#[multiversion(targets("x86_64+avx2"))]
+fn normalise_backward<T: Scalar>(dy: &mut [T], x_hat: &[T], weight: &[T], inverse: T) {
+    let count = T::from_f64(dy.len() as f64);
+    for (dy, &w) in dy.iter_mut().zip(weight) {
+        *dy *= w;
+    }
+    let (mean, along) = (simd::sum(dy) / count, simd::dot(dy, x_hat) / count);
+    for (dx, &x) in dy.iter_mut().zip(x_hat) {
+        *dx = inverse * (*dx - mean - along * x); // E101
+    }
+}
+
 impl<T: Scalar> Module<T> for LayerNorm<T> {
     fn forward<'m>(&'m self, x: Signal<T>, pass: &Pass<'m, T>) -> Result<Forward<'m, T>> {
         let x = x.values()?;
         let shape = x.shape().to_vec();
         let mut x_hat = self.rows(x)?;
-        let count = T::from_f64(self.weight.len() as f64);
         let mut inverse = Array1::zeros(x_hat.nrows());
         let y = pass.array(&[x_hat.nrows(), x_hat.ncols()]);
         let mut y = y.into_dimensionality::<Ix2>().expect("two axes");
         let blocks = x_hat.axis_chunks_iter_mut(Axis(0), ROWS).into_par_iter();
         let blocks = blocks.zip(y.axis_chunks_iter_mut(Axis(0), ROWS)).zip(inverse.axis_chunks_iter_mut(Axis(0), ROWS));
         blocks.for_each(|((mut x, mut y), mut inverse)| {
-            for ((mut x, y), inverse) in x.outer_iter_mut().zip(y.outer_iter_mut()).zip(&mut inverse) {
-                let mean = x.sum() / count;
-                x.mapv_inplace(|x| x - mean);
-                *inverse = T::one() / (x.dot(&x) / count + self.eps).sqrt();
-                let inverse = *inverse;
-                x.mapv_inplace(|x| x * inverse); // E98
-                Zip::from(y).and(&x).and(&self.weight).and(&self.bias).for_each(|y, &x, &w, &b| *y = w * x + b); // E99
+            for ((x, y), inverse) in x.outer_iter_mut().zip(y.outer_iter_mut()).zip(&mut inverse) {
+                *inverse = normalise(row_mut(x), row_mut(y), self.slices(), self.eps);
             }
         });
         let y = y.into_shape_with_order(shape.as_slice()).expect("as many elements");
@@ -94,10 +128,19 @@ impl<T: Scalar> Module<T> for LayerNorm<T> {
                 if self.trained {
                     let blocks =
                         dy.axis_chunks_iter(Axis(0), ROWS).into_par_iter().zip(x_hat.axis_chunks_iter(Axis(0), ROWS));
-                    let parts: Vec<_> =
-                        blocks.map(|(dy, x_hat)| ((&dy * &x_hat).sum_axis(Axis(0)), dy.sum_axis(Axis(0)))).collect(); // E100
+                    let of_block = |(dy, x_hat): (ArrayView2<'_, T>, ArrayView2<'_, T>)| {
+                        let mut sums = [(); 2].map(|()| vec![T::zero(); self.weight.len()]);
+                        let [dweight, dbias] = &mut sums;
+                        for (dy, x_hat) in dy.outer_iter().zip(x_hat.outer_iter()) {
+                            let (dy, x_hat) = (contiguous(dy), contiguous(x_hat));
+                            simd::add_products(&dy, &x_hat, dweight); // E100
+                            simd::add_scaled(T::one(), &dy, dbias); // E100
+                        }
+                        sums.map(Array1::from)
+                    };
+                    let parts: Vec<_> = blocks.map(of_block).collect();
                     let mut sums = [Array1::zeros(self.weight.len()), Array1::zeros(self.weight.len())];
-                    for (dweight, dbias) in parts {
+                    for [dweight, dbias] in parts {
                         sums[0] += &dweight;
                         sums[1] += &dbias;
                     }
@@ -111,10 +154,9 @@ impl<T: Scalar> Module<T> for LayerNorm<T> {
                 let blocks =
                     blocks.zip(x_hat.axis_chunks_iter(Axis(0), ROWS)).zip(inverse.axis_chunks_iter(Axis(0), ROWS));
                 blocks.for_each(|((mut dy, x_hat), inverse)| {
-                    for ((mut dy, x_hat), &inverse) in dy.outer_iter_mut().zip(x_hat.outer_iter()).zip(&inverse) {
-                        dy *= &self.weight;
-                        let (mean, along) = (dy.sum() / count, dy.dot(&x_hat) / count);
-                        Zip::from(dy).and(&x_hat).for_each(|dx, &x| *dx = inverse * (*dx - mean - along * x)); // E101
+                    for ((dy, x_hat), &inverse) in dy.outer_iter_mut().zip(x_hat.outer_iter()).zip(&inverse) {
+                        let [weight, _] = self.slices();
+                        normalise_backward(row_mut(dy), &contiguous(x_hat), weight, inverse);
                     }
                 });
                 pass.recycle(x_hat);

@@ -1,6 +1,7 @@
 //! Losses: one number for a batch. SPEC.md, section 13.10.
 
 use crate::error::check_shape;
+use crate::simd;
 use crate::{Error, Real, Result, Scalar};
 use ndarray::{Array2, ArrayD, Axis, Zip};
 use rayon::prelude::*;
@@ -119,11 +120,11 @@ fn cross_entropy<T: Scalar>(output: ArrayD<T>, targets: &ArrayD<i64>) -> Result<
             let mut sum_of_losses = T::zero();
             for (mut row, &class) in scores.outer_iter_mut().zip(targets) {
                 let row = row.as_slice_mut().expect("rows in standard layout");
-                let largest = row.iter().fold(T::neg_infinity(), |largest, &score| largest.max(score));
+                let largest = simd::largest(row);
                 let of_class = row[class] - largest;
                 row.iter_mut().for_each(|score| *score -= largest);
                 T::exp_each(row);
-                let sum = row.iter().fold(T::zero(), |sum, &score| sum + score);
+                let sum = simd::sum(row);
                 sum_of_losses += sum.ln() - of_class; // E121
                 let factor = part / sum;
                 row.iter_mut().for_each(|score| *score *= factor);

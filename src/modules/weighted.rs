@@ -5,6 +5,7 @@ use crate::operators::{
     Conv, ConvSettings, Embedding, EmbeddingSettings, Extents, Input, Linear, LinearSettings, Operator, Padding,
     PaddingMode, channel_sums, in_standard_layout,
 };
+use crate::simd::{add_scaled, contiguous};
 use crate::wora::{Adapter, Base, Config, Layer, LoraInit, RequiresGrad};
 use crate::{Error, Real, Result, Scalar};
 use ndarray::{ArcArray, Array3, ArrayD, ArrayView1, ArrayViewMutD, Axis, Ix1, Ix3, IxDyn, Zip};
@@ -103,8 +104,13 @@ const ROWS: usize = 256;
 /// `y += b`, channel by channel: y `[outer, units, inner]`. E113
 fn add_bias<T: Scalar>(y: &mut Array3<T>, bias: ArrayView1<'_, T>) {
     if y.len_of(Axis(2)) == 1 {
-        let rows = y.index_axis_mut(Axis(2), 0).into_axis_chunks_iter_mut(Axis(0), ROWS);
-        return rows.into_par_iter().for_each(|mut rows| rows += &bias);
+        let mut rows = y.index_axis_mut(Axis(2), 0);
+        let bias = contiguous(bias);
+        return rows.axis_chunks_iter_mut(Axis(0), ROWS).into_par_iter().for_each(|mut rows| {
+            for row in rows.outer_iter_mut() {
+                add_scaled(T::one(), &bias, row.into_slice().expect("standard layout"));
+            }
+        });
     }
     Zip::from(y.outer_iter_mut()).par_for_each(|mut y| {
         Zip::from(y.rows_mut()).and(bias).for_each(|mut y, &bias| y.mapv_inplace(|y| y + bias));

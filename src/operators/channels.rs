@@ -8,9 +8,7 @@ use super::group_slice;
 use crate::Scalar;
 use crate::matmul::{Accumulate, product_into, product_into_on_this_thread, run_tasks};
 use crate::simd::{self, contiguous};
-use ndarray::{
-    Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, Slice, Zip,
-};
+use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, Slice};
 
 /// Elementwise passes over at least this many elements are spread over threads.
 pub const PARALLEL_ELEMENTS: usize = 1 << 16;
@@ -180,12 +178,13 @@ pub(crate) fn channel_square_products<T: Scalar>(
 pub(crate) fn channel_sums<T: Scalar>(a: ArrayView3<'_, T>) -> Array1<T> {
     let zero = || Array1::zeros(a.len_of(Axis(1)));
     let add = |_: &mut (), sums: &mut Array1<T>, a: ArrayView3<'_, T>| {
-        let one_place = a.len_of(Axis(2)) == 1;
-        for a in a.outer_iter() {
-            if one_place {
-                *sums += &a.index_axis(Axis(1), 0);
+        let (_, in_rows) = channel_axis(&a);
+        let sums = sums.as_slice_mut().expect("standard layout");
+        for (i, a) in matrix(a).outer_iter().enumerate() {
+            if in_rows {
+                simd::add_scaled(T::one(), &contiguous(a), sums);
             } else {
-                Zip::from(&mut *sums).and(a.rows()).for_each(|sum, a| *sum += a.sum());
+                sums[i] += simd::sum(&contiguous(a));
             }
         }
     };
