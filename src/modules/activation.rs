@@ -28,8 +28,15 @@ pub(super) fn in_chunks<T: Scalar>(values: &mut ArrayD<T>, beside: &ArrayD<T>, c
 /// Multiplies every element of dy by a slope that depends on what was kept.
 fn times<T: Scalar>(dy: ArrayD<T>, kept: &ArrayD<T>, slope: impl Fn(T) -> T + Sync) -> ArrayD<T> {
     let mut dx = in_standard_layout(dy);
-    in_chunks(&mut dx, kept, |dx, kept| dx.iter_mut().zip(kept).for_each(|(dx, &kept)| *dx *= slope(kept)));
+    in_chunks(&mut dx, kept, |dx, kept| times_each(dx, kept, &slope));
     dx
+}
+
+#[multiversion(targets("x86_64+avx2"))]
+fn times_each<T: Scalar, F: Fn(T) -> T>(values: &mut [T], kept: &[T], factor: F) {
+    for (value, &kept) in values.iter_mut().zip(kept) {
+        *value *= factor(kept);
+    }
 }
 
 /// PyTorch's `nn.ReLU`: `y = max(x, 0)`, of any shape.
@@ -156,7 +163,7 @@ impl<T: Scalar> Module<T> for GeluSettings {
         let x = in_standard_layout(x.values()?);
         let share = self.share(&x, pass);
         let mut y = pass.copy(&x);
-        in_chunks(&mut y, &share, |y, share| y.iter_mut().zip(share).for_each(|(y, &share)| *y *= share)); // E83, E85
+        in_chunks(&mut y, &share, |y, share| times_each(y, share, |share| share)); // E83, E85
         let pass = pass.clone();
         let approximate = self.approximate;
         Ok((

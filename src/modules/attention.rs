@@ -1,5 +1,6 @@
 //! Self-attention with one or several heads. SPEC.md, section 13.9.
 
+use super::activation::in_chunks;
 use super::weighted::check_positive;
 use super::{Back, Described, Find, Forward, LinearMap, Module, Pass, Signal, defined, prefixed, run_part, yes};
 use crate::matmul::{Accumulate, product_into_on_this_thread, run_tasks};
@@ -233,7 +234,7 @@ impl<T: Scalar> Module<T> for SelfAttention<T> {
                     match &mut dx {
                         None => dx = Some(part),
                         Some(dx) => {
-                            *dx += &part; // E120
+                            in_chunks(dx, &part, |dx, part| simd::add_scaled(T::one(), part, dx)); // E120
                             pass.recycle(part);
                         }
                     }

@@ -1,9 +1,10 @@
 //! How a model is run: to be trained or to be used, and who looks on.
 
 use super::prefixed;
+use crate::operators::PARALLEL_ELEMENTS;
 use crate::wora::Workspace;
 use crate::{Error, Result, Scalar};
-use ndarray::{Array, ArrayD, ArrayViewD, Dimension, IxDyn};
+use ndarray::{Array, ArrayD, ArrayViewD, Dimension, IxDyn, Zip};
 use rand::SeedableRng;
 use rand_pcg::Pcg64;
 
@@ -97,7 +98,11 @@ impl<'p, T: Scalar> Pass<'p, T> {
     /// A copy in such an array.
     pub(super) fn copy(&self, values: &ArrayD<T>) -> ArrayD<T> {
         let mut copy = self.array(values.shape());
-        copy.assign(values);
+        if values.len() < PARALLEL_ELEMENTS {
+            copy.assign(values);
+        } else {
+            Zip::from(&mut copy).and(values).par_for_each(|copy, &value| *copy = value);
+        }
         copy
     }
 

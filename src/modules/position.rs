@@ -2,6 +2,7 @@
 
 use super::weighted::{check_elements, check_positive};
 use super::{Back, Described, Find, Forward, Module, Parameter, Pass, Signal, defined};
+use crate::operators::for_each;
 use crate::{Error, Real, Result, Scalar};
 use ndarray::{Array2, ArrayD, ArrayViewMutD, Axis, Slice};
 use rand::RngExt;
@@ -54,7 +55,8 @@ impl<T: Scalar> Module<T> for PositionEmbedding<T> {
                 return Err(Error::Shape { tensor: "x".into(), expected, found: y.shape().to_vec() }); // C1
             }
         };
-        y += &self.weight.slice_axis(Axis(0), Slice::from(..length)); // E107
+        let weight = self.weight.slice_axis(Axis(0), Slice::from(..length));
+        for_each(y.len(), y.outer_iter_mut(), |mut y| y += &weight); // E107
         Ok((
             y,
             Box::new(move |dy| {
