@@ -165,7 +165,7 @@ mod backend {
         if !parallel || flops < PARALLEL_FLOPS {
             multiply(scale, a, b, accumulate, c, Par::Seq);
         } else if sums_are_long {
-            let of_a_task = (terms / LONGER).clamp(TERMS[0], TERMS[1]);
+            let of_a_task = terms.div_ceil(LONGER).clamp(TERMS[0], TERMS[1]);
             let starts: Vec<usize> = (0..terms).step_by(of_a_task).collect();
             let part = |start: usize| {
                 let terms = Slice::from(start..(start + of_a_task).min(terms));

@@ -11,7 +11,7 @@ pub(crate) fn contiguous<T: Clone>(row: ArrayView1<'_, T>) -> Cow<'_, [T]> {
     row.to_slice().map_or_else(|| row.to_vec().into(), Cow::from)
 }
 
-/// Copies as many as `into` has. A line of a small image is copied before the library's function is called.
+/// Copies a slice into one of the same length. A line of a small image is copied before the library's function is called.
 #[inline(always)]
 pub(crate) fn copy<T: Copy>(from: &[T], into: &mut [T]) {
     if into.len() > 64 {
@@ -252,6 +252,22 @@ mod tests {
     use super::*;
     use rand::{RngExt, SeedableRng};
     use rand_pcg::Pcg64;
+
+    #[test]
+    fn rows_of_any_length_are_copied_and_summed_whole() {
+        let mut rng = Pcg64::seed_from_u64(2);
+        for length in 0..70 {
+            let [a, b] = [(); 2].map(|()| (0..length).map(|_| rng.random_range(-4.0..-1.0)).collect::<Vec<f64>>());
+            let mut copied = vec![f64::NAN; length];
+            copy(&a, &mut copied);
+            assert_eq!(copied, a);
+            let near =
+                |found: f64, terms: f64| assert!((found - terms).abs() < 1e-12, "{length}: {found}, not {terms}");
+            near(sum(&a), a.iter().sum());
+            near(dot(&a, &b), a.iter().zip(&b).map(|(a, b)| a * b).sum());
+            assert_eq!(largest(&a), a.iter().copied().fold(f64::NEG_INFINITY, f64::max));
+        }
+    }
 
     /// E154 and E155
     #[test]

@@ -209,7 +209,7 @@ const THIN: [[usize; 3]; 10] = [
 
 /// Products of every way to divide the work: by terms, by blocks of rows or of columns, and by panels of columns, the
 /// last of each being smaller than the others.
-const DIVIDED: [[usize; 3]; 4] = [[12, 40_000, 16], [700, 300, 40], [40, 300, 700], [300, 70, 1100]];
+const DIVIDED: [[usize; 3]; 5] = [[12, 40_000, 16], [96, 2103, 97], [700, 300, 40], [40, 300, 700], [300, 70, 1100]];
 
 #[test]
 fn products_whose_work_is_divided_are_those_of_the_triple_loop() {

@@ -42,6 +42,9 @@ fn of_equal_ones_the_first_is_the_largest() {
     let nan = array![[[1.0, f64::NAN, 3.0]]].into_dyn();
     let (y, _) = run(r#"{"type": "max_pool1d", "kernel_size": 3}"#, nan, array![[[1.0]]].into_dyn());
     assert!(y[[0, 0, 0]].is_nan(), "what is wrong is seen");
+    let two = array![[[f64::NAN, 1.0, f64::NAN]]].into_dyn();
+    let (_, dx) = run(r#"{"type": "max_pool1d", "kernel_size": 3}"#, two, array![[[1.0]]].into_dyn());
+    assert_eq!(dx, array![[[1.0, 0.0, 0.0]]].into_dyn());
 }
 
 #[test]
@@ -70,6 +73,31 @@ fn dropout_drops_its_part_in_training_alone_and_the_same_part_again() {
     assert_ne!(once, dropped(&Pass::training(1).inside("other")), "modules do not drop alike");
 }
 
+/// More rows than one task has.
+#[test]
+fn layer_norm_of_many_rows_is_that_of_each_and_its_gradients_are_their_sums() {
+    let module = build(r#"{"type": "layer_norm", "features": 37}"#);
+    let draw = |salt: f64| Array::from_shape_fn((300, 37), |(i, j)| (salt * (i * 37 + j) as f64).sin()).into_dyn();
+    let (x, dy) = (draw(1.3), draw(0.7));
+    let run = |x: ArrayD<f64>, dy: ArrayD<f64>| {
+        let (y, backward) = module.forward(Signal::Values(x), &Pass::training(1)).unwrap();
+        (y, backward(dy).unwrap())
+    };
+    let (y, back) = run(x.clone(), dy.clone());
+    let mut sums = vec![ArrayD::<f64>::zeros(vec![37]); 2];
+    for row in 0..300 {
+        let [x, dy] = [&x, &dy].map(|all| all.index_axis(Axis(0), row).insert_axis(Axis(0)).to_owned());
+        let (y_of_row, of_row) = run(x, dy);
+        assert_eq!(y_of_row.index_axis(Axis(0), 0), y.index_axis(Axis(0), row), "row {row}");
+        assert_eq!(of_row.x.unwrap().index_axis(Axis(0), 0), back.x.as_ref().unwrap().index_axis(Axis(0), row));
+        sums.iter_mut().zip(of_row.parameters).for_each(|(sum, (_, part))| *sum += &part);
+    }
+    for ((name, found), sum) in back.parameters.iter().zip(sums) {
+        approx::assert_abs_diff_eq!(found, &sum, epsilon = 1e-12);
+        assert!(sum.iter().any(|value| value.abs() > 0.1), "{name}");
+    }
+}
+
 #[test]
 fn causal_attention_does_not_look_ahead() {
     let module = build(r#"{"type": "self_attention", "embed_dim": 4, "num_heads": 2, "causal": true}"#);
@@ -92,6 +120,12 @@ fn inputs_that_do_not_fit_are_refused_with_what_was_expected() {
         (r#"{"type": "layer_norm", "features": 3}"#, vec![2, 4], "[..., 3]"),
         (r#"{"type": "max_pool2d", "kernel_size": 2}"#, vec![2, 4], "[batch, channels, size, size]"),
         (r#"{"type": "max_pool2d", "kernel_size": 5}"#, vec![1, 1, 4, 6], "a size of at least 5"),
+        (
+            r#"{"type": "max_pool1d", "kernel_size": 2, "padding": 1, "dilation": 2}"#,
+            vec![1, 1, 1],
+            "with more than padding in every window",
+        ),
+        (r#"{"type": "avg_pool1d", "kernel_size": 2, "padding": 1}"#, vec![1, 1, 0], "at least 1 along axis 2"),
         (r#"{"type": "mean", "dim": 2}"#, vec![2, 4], "an axis 2"),
         (r#"{"type": "mean", "dim": 0}"#, vec![2, 4], "not the first"),
         (r#"{"type": "self_attention", "embed_dim": 4}"#, vec![2, 4], "[batch, length, 4]"),

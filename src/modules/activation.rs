@@ -2,6 +2,7 @@
 
 use super::{Back, Described, Find, Forward, Module, Pass, Signal, defined};
 use crate::operators::{PARALLEL_ELEMENTS, in_standard_layout};
+use crate::simd::add_scaled;
 use crate::{Real, Result, Scalar};
 use multiversion::multiversion;
 use ndarray::ArrayD;
@@ -13,7 +14,7 @@ use serde::{Deserialize, Serialize};
 const CHUNK: usize = 1 << 13;
 
 /// Changes chunks of some values beside those of others, on all threads where there are many.
-pub(super) fn in_chunks<T: Scalar>(values: &mut ArrayD<T>, beside: &ArrayD<T>, change: impl Fn(&mut [T], &[T]) + Sync) {
+fn in_chunks<T: Scalar>(values: &mut ArrayD<T>, beside: &ArrayD<T>, change: impl Fn(&mut [T], &[T]) + Sync) {
     let elements = values.len();
     let values = values.as_slice_mut().expect("standard layout");
     let beside = beside.as_slice().expect("standard layout");
@@ -23,6 +24,11 @@ pub(super) fn in_chunks<T: Scalar>(values: &mut ArrayD<T>, beside: &ArrayD<T>, c
         let beside = beside.par_chunks(CHUNK);
         values.par_chunks_mut(CHUNK).zip(beside).for_each(|(values, beside)| change(values, beside));
     }
+}
+
+/// Adds another array of the same shape, both in standard layout.
+pub(super) fn add_to<T: Scalar>(sum: &mut ArrayD<T>, part: &ArrayD<T>) {
+    in_chunks(sum, part, |sum, part| add_scaled(T::one(), part, sum));
 }
 
 /// Multiplies every element of dy by a slope that depends on what was kept.

@@ -1,6 +1,6 @@
 //! Self-attention with one or several heads. SPEC.md, section 13.9.
 
-use super::activation::in_chunks;
+use super::activation::add_to;
 use super::weighted::check_positive;
 use super::{Back, Described, Find, Forward, LinearMap, Module, Pass, Signal, defined, prefixed, run_part, yes};
 use crate::matmul::{Accumulate, product_into_on_this_thread, run_tasks};
@@ -151,7 +151,8 @@ fn attend_backward<T: Scalar>(
     });
     let [mut dq, mut dk, mut dv] = by_head;
     let tasks = dq.outer_iter_mut().zip(dk.outer_iter_mut()).zip(dv.outer_iter_mut()).enumerate().collect();
-    let scratch = || [(); 2].map(|()| ndarray::Array2::zeros((length, length)));
+    let of_mask = if mask.is_some() { length } else { 0 };
+    let scratch = || [length, of_mask].map(|length| ndarray::Array2::zeros((length, length)));
     run_tasks(tasks, scratch, |[dscores, dropped], (sample, ((mut dq, mut dk), mut dv))| {
         let of = |all, head| head_of(all, sample, head);
         for head in 0..count {
@@ -234,7 +235,7 @@ impl<T: Scalar> Module<T> for SelfAttention<T> {
                     match &mut dx {
                         None => dx = Some(part),
                         Some(dx) => {
-                            in_chunks(dx, &part, |dx, part| simd::add_scaled(T::one(), part, dx)); // E120
+                            add_to(dx, &part); // E120
                             pass.recycle(part);
                         }
                     }

@@ -176,6 +176,15 @@ mod tests {
     }
 
     #[test]
+    fn copies_of_many_elements_are_whole() {
+        let values = ArrayD::from_shape_fn(IxDyn(&[3, PARALLEL_ELEMENTS]), |at| (at[0] + 7 * at[1]) as f64);
+        let (workspace, columns) = (Workspace::default(), values.view().reversed_axes().to_owned());
+        let pass = Pass::evaluation().within(&workspace);
+        assert_eq!(pass.copy(&values), values);
+        assert_eq!(pass.copy(&columns), columns);
+    }
+
+    #[test]
     fn memory_does_not_grow_from_step_to_step() {
         let of_images = r#"[
             {"name": "conv", "type": "conv2d", "in_channels": 1, "out_channels": 2, "kernel_size": 3}, {"type": "relu"},
@@ -193,10 +202,16 @@ mod tests {
             {"name": "up", "type": "linear", "in_features": 4, "out_features": 6}, {"type": "gelu"},
             {"type": "mean", "dim": 1}, {"name": "head", "type": "linear", "in_features": 6, "out_features": 3}
         ]"#;
+        let of_pools = r#"[
+            {"type": "avg_pool2d", "kernel_size": 2}, {"type": "max_pool2d", "kernel_size": 2}, {"type": "flatten"},
+            {"name": "head", "type": "linear", "in_features": 4, "out_features": 6}, {"type": "relu"},
+            {"name": "up", "type": "linear", "in_features": 6, "out_features": 3}
+        ]"#;
         let images = Signal::Values(ArrayD::from_elem(IxDyn(&[2, 1, 10, 10]), 0.5));
         let text = Signal::Ids(ArrayD::from_elem(IxDyn(&[2, 5]), 1));
         let targets = Targets::Classes(ArrayD::zeros(IxDyn(&[2])));
-        for (modules, x, inner) in [(of_images, images, "conv"), (of_text, text, "v_proj")] {
+        let all = [(of_images, images.clone(), "conv"), (of_pools, images, "head"), (of_text, text, "v_proj")];
+        for (modules, x, inner) in all {
             let modules: Vec<Named> = serde_json::from_str(modules).expect("modules");
             let mut model = Model::new(&modules, 1).expect("a model");
             let adapter =

@@ -127,6 +127,9 @@ impl<const N: usize> Window<N> {
         }
         let (sizes, mut extents) = (&shape[2..], [0; N]);
         for axis in 0..N {
+            if sizes[axis] == 0 {
+                return Err(misfit(format!("a size of at least 1 along axis {}", axis + 2))); // C1
+            }
             let padded = sizes[axis] + 2 * self.padding[axis];
             let reach = self.dilation[axis].saturating_mul(self.kernel[axis] - 1).saturating_add(1);
             if reach > padded || u32::try_from(sizes[axis]).is_err() {
@@ -157,13 +160,21 @@ impl<const N: usize> Window<N> {
     }
 }
 
-/// The slice of an array, whose elements are made row-major where they are not.
+/// The elements of an array in standard layout.
 fn slice<T: Scalar>(values: &ArrayD<T>) -> &[T] {
     values.as_slice().expect("standard layout")
 }
 
 fn slice_mut<T: Scalar>(values: &mut ArrayD<T>) -> &mut [T] {
     values.as_slice_mut().expect("standard layout")
+}
+
+/// Leaves the memory of an input to later steps. One whose gradient is not wanted was made by no module, and would add to
+/// that memory in every step.
+fn recycle_input<T: Scalar>(x: ArrayD<T>, pass: &Pass<'_, T>) {
+    if pass.requires_grad_x() {
+        pass.recycle(x);
+    }
 }
 
 impl<const N: usize> MaxPooling<N> {
@@ -176,6 +187,10 @@ impl<T: Scalar, const N: usize> Module<T> for MaxPooling<N> {
     fn forward<'m>(&'m self, x: Signal<T>, pass: &Pass<'m, T>) -> Result<Forward<'m, T>> {
         let x = in_standard_layout(x.values()?);
         let places = self.window()?.places(x.shape())?;
+        if places.starts.windows(2).any(|ends| ends[0] == ends[1]) {
+            let expected = "with more than padding in every window".into();
+            return Err(Error::Shape { tensor: "x".into(), expected, found: x.shape().to_vec() }); // C1
+        }
         let channels: usize = x.shape()[..2].iter().product();
         let (inputs, outputs) = (places.inputs, places.outputs);
         let mut y = pass.array(&places.output);
@@ -194,12 +209,13 @@ impl<T: Scalar, const N: usize> Module<T> for MaxPooling<N> {
             }
         });
         let shape = x.shape().to_vec();
-        pass.recycle(x);
+        recycle_input(x, pass);
         let pass = pass.clone();
         Ok((
             y,
             Box::new(move |dy| {
                 let dy = in_standard_layout(dy);
+                assert_eq!(dy.len(), shape[..2].iter().product::<usize>() * outputs, "as many as y");
                 let mut dx = pass.array(&shape);
                 let elements = dx.len();
                 let of_channels = slice_mut(&mut dx).chunks_exact_mut(inputs).zip(largest.chunks_exact(outputs));
@@ -230,12 +246,13 @@ impl<T: Scalar, const N: usize> Module<T> for AveragePooling<N> {
             }
         });
         let shape = x.shape().to_vec();
-        pass.recycle(x);
+        recycle_input(x, pass);
         let pass = pass.clone();
         Ok((
             y,
             Box::new(move |dy| {
                 let dy = in_standard_layout(dy);
+                assert_eq!(dy.len(), shape[..2].iter().product::<usize>() * outputs, "as many as y");
                 let mut dx = pass.array(&shape);
                 let elements = dx.len();
                 let of_channels = slice_mut(&mut dx).chunks_exact_mut(inputs).zip(slice(&dy).chunks_exact(outputs));

@@ -1,11 +1,10 @@
 //! Modules one after the other, and around each other. SPEC.md, section 13.6.
 
-use super::activation::in_chunks;
+use super::activation::add_to;
 use super::{
     Back, Backward, Described, Find, Forward, LARGEST, Module, Pass, Settings, Signal, defined, prefixed, run_part,
 };
 use crate::operators::in_standard_layout;
-use crate::simd::add_scaled;
 use crate::{Error, Real, Result, Scalar};
 use ndarray::{ArrayD, Zip};
 use rand_pcg::Pcg64;
@@ -166,7 +165,7 @@ impl<T: Scalar> Module<T> for Residual<T> {
             return Err(Error::Shape { tensor: "f(x)".into(), expected, found: y.shape().to_vec() }); // C1
         }
         let mut y = in_standard_layout(y);
-        in_chunks(&mut y, &x, |y, x| add_scaled(T::one(), x, y)); // E105
+        add_to(&mut y, &x); // E105
         pass.recycle(x);
         let pass = pass.clone();
         Ok((
@@ -177,7 +176,7 @@ impl<T: Scalar> Module<T> for Residual<T> {
                 let x = match (kept, x) {
                     (Some(mut dx), Some(through)) => {
                         let through = in_standard_layout(through);
-                        in_chunks(&mut dx, &through, |dx, through| add_scaled(T::one(), through, dx)); // E106
+                        add_to(&mut dx, &through); // E106
                         pass.recycle(through);
                         Some(dx)
                     }

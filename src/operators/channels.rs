@@ -51,7 +51,7 @@ fn blocks_mut<T>(a: ArrayViewMut3<'_, T>) -> impl Iterator<Item = ArrayViewMut3<
         .flat_map(move |of_rows| of_rows.into_axis_chunks_iter_mut(Axis(2), columns))
 }
 
-/// Does something to every block of so many elements in all, in parallel where that pays.
+/// Does something to every block of so many elements in all: by [`run_tasks`] where that pays.
 pub(crate) fn for_each<I: Send>(elements: usize, blocks: impl Iterator<Item = I>, run: impl Fn(I) + Send + Sync) {
     if elements < PARALLEL_ELEMENTS {
         blocks.for_each(run);

@@ -132,8 +132,11 @@ impl<const N: usize> Conv<N> {
         &self,
         windows: &Windows<N>,
         pairs: &[(ArrayView3<'_, T>, ArrayView2<'_, T>)],
-        dx: ArrayViewMut3<'_, T>,
+        mut dx: ArrayViewMut3<'_, T>,
     ) {
+        if pairs.is_empty() {
+            return dx.fill(T::zero());
+        }
         let channels = self.in_channels / self.groups;
         let rows: usize = pairs.iter().map(|(_, weight)| weight.nrows() / self.groups).sum();
         if let Some(shifts) = Shifts::adjoint(windows.axes, rows, channels) {

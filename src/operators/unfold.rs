@@ -199,6 +199,7 @@ impl<const N: usize> Windows<N> {
         (0..self.kernel).map(|k| self.runs_of(k, start, length)).collect()
     }
 
+    /// What kernel position k reads.
     fn runs_of(&self, k: usize, start: usize, length: usize) -> Vec<Run<'_>> {
         let last = N - 1;
         let mut offsets = [0; N];
@@ -208,7 +209,7 @@ impl<const N: usize> Windows<N> {
         }
         let extent = self.output[last];
         let inside = &self.inside[offsets[last]];
-        let (mut runs, mut at) = (Vec::with_capacity(length / extent + 2), 0);
+        let (mut runs, mut at) = (Vec::new(), 0);
         while at < length {
             let position = start + at;
             let (mut outer, from) = (position / extent, position % extent);
@@ -297,11 +298,12 @@ impl<const N: usize> Windows<N> {
     /// dy `[rows, positions]`; `rows` `[rows * kernel, inputs]` in standard layout. E74
     pub fn spread<T: Scalar>(&self, dy: ArrayView2<'_, T>, mut rows: ArrayViewMut2<'_, T>) {
         rows.fill(T::zero());
-        let runs = self.runs(0, dy.ncols());
-        for (row, mut into) in rows.axis_iter_mut(Axis(0)).enumerate() {
-            let dy = dy.index_axis(Axis(0), row / self.kernel);
-            let (dy, into) = (dy.to_slice().expect("contiguous rows"), into.as_slice_mut().expect("standard layout"));
-            self.scatter(&runs[row % self.kernel], dy, into); // E74
+        for k in 0..self.kernel {
+            let runs = self.runs_of(k, 0, dy.ncols());
+            for (u, dy) in dy.outer_iter().enumerate() {
+                let into = rows.index_axis_mut(Axis(0), u * self.kernel + k).into_slice().expect("standard layout");
+                self.scatter(&runs, dy.to_slice().expect("contiguous rows"), into); // E74
+            }
         }
     }
 

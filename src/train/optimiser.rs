@@ -1,6 +1,7 @@
 //! What turns gradients into steps: SGD with momentum, and AdamW. SPEC.md, section 14.2.
 
 use super::place::Misfit;
+use crate::error::check_shape;
 use crate::wora::Method;
 use crate::{Error, Result, Scalar};
 use multiversion::multiversion;
@@ -224,7 +225,7 @@ impl<T: Scalar> Optimiser<T> {
     ///
     /// # Errors
     ///
-    /// A parameter without a gradient (C7).
+    /// A parameter without a gradient (C7), or with one of another shape (C1).
     pub fn step(
         &mut self,
         parameters: Vec<(String, ArrayViewMutD<'_, T>)>,
@@ -234,6 +235,7 @@ impl<T: Scalar> Optimiser<T> {
         let moves = parameters.into_iter().map(|(name, parameter)| {
             let missing = || Error::Missing { tensor: format!("grad.{name}"), expected: "a gradient".into() };
             let gradient = gradients.get(&name).ok_or_else(missing)?; // C7
+            check_shape(&format!("grad.{name}"), parameter.shape(), gradient.shape())?; // C1
             let (rate, decays) = (self.table.rate(&name) * factor, decays(&name, parameter.ndim()));
             Ok(Move { name, parameter, gradient, rate, decays, memory: Vec::new() })
         });
@@ -291,12 +293,20 @@ impl<T: Scalar> Move<'_, T> {
         let [step, root, eps] = [self.rate / of_first, of_second.sqrt(), adam.eps].map(T::from_f64);
         let factors = AdamFactors { forget_first, keep_second, forget_second, shrink, step, root, eps };
         let means = [first, second].map(|mean| mean.as_slice_mut().expect("standard layout"));
-        let parameter = parameter.as_slice_mut().expect("standard layout");
-        adapt_each(factors, parameter, means, gradient.as_slice().expect("standard layout"));
+        let gradient = gradient.as_standard_layout();
+        let gradient = gradient.as_slice().expect("standard layout");
+        match parameter.as_slice_mut() {
+            Some(parameter) => adapt_each(factors, parameter, means, gradient),
+            None => {
+                let mut copy = parameter.as_standard_layout().into_owned();
+                adapt_each(factors, copy.as_slice_mut().expect("standard layout"), means, gradient);
+                parameter.assign(&copy);
+            }
+        }
     }
 }
 
-/// What [`AdamW`] multiplies by in one step.
+/// The numbers that are the same for every element of a parameter in one step of [`AdamW`].
 #[derive(Clone, Copy)]
 struct AdamFactors<T> {
     forget_first: T,
@@ -328,4 +338,46 @@ pub(super) fn clip<T: Scalar>(gradients: &mut BTreeMap<String, ArrayD<T>>, most:
         gradients.par_iter_mut().for_each(|(_, gradient)| gradient.mapv_inplace(|g| g * factor));
     }
     norm
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::{Array, ArrayView2};
+
+    #[test]
+    fn a_parameter_moves_by_its_gradient_however_both_lie_in_memory() {
+        let table = r#"type = "adamw"
+            learning_rate = 0.1
+            weight_decay = 0.5"#;
+        let draw = |salt: f64| Array::from_shape_fn((5, 7), |(i, j)| (salt * (7 * i + j) as f64).sin());
+        let moved = |by_columns: [bool; 2]| {
+            let lie = |values: ArrayView2<'_, f64>, by_columns: bool| match by_columns {
+                true => values.t().as_standard_layout().into_owned().reversed_axes().into_dyn(),
+                false => values.to_owned().into_dyn(),
+            };
+            let mut optimiser = Optimiser::new(toml::from_str(table).expect("a table"));
+            let mut parameter = lie(draw(1.0).view(), by_columns[0]);
+            for step in 1..4 {
+                let gradient = lie(draw(step.into()).view(), by_columns[1]);
+                let gradients = BTreeMap::from([("w".to_string(), gradient)]);
+                optimiser.step(vec![("w".into(), parameter.view_mut())], &gradients, 1.0).expect("a step");
+            }
+            parameter
+        };
+        let expected = moved([false, false]);
+        assert_ne!(expected, draw(1.0).into_dyn());
+        for by_columns in [[false, true], [true, false], [true, true]] {
+            assert_eq!(moved(by_columns), expected, "{by_columns:?}");
+        }
+    }
+
+    #[test]
+    fn a_gradient_of_another_shape_is_refused() {
+        let table = toml::from_str("type = 'adamw'\nlearning_rate = 0.1").expect("a table");
+        let mut parameter = ArrayD::<f64>::zeros(vec![4]);
+        let gradients = BTreeMap::from([("w".to_string(), ArrayD::zeros(vec![2]))]);
+        let refused = Optimiser::new(table).step(vec![("w".into(), parameter.view_mut())], &gradients, 1.0);
+        assert_eq!(refused.expect_err("C1").to_string(), "grad.w: expected shape [4], found [2]");
+    }
 }
