@@ -73,7 +73,7 @@ impl<T: Scalar> Module<T> for Relu {
             y,
             Box::new(move |dy| {
                 let dx = times(dy, &x, slope); // E82
-                pass.recycle(x);
+                pass.recycle_input(x);
                 Ok(Back::of_input(dx))
             }),
         ))
@@ -190,7 +190,7 @@ impl<T: Scalar> Module<T> for GeluSettings {
                 });
                 let dx = times(dy, &slope, |slope| slope);
                 pass.recycle(share);
-                pass.recycle(slope);
+                pass.recycle_input(slope);
                 Ok(Back::of_input(dx))
             }),
         ))
@@ -240,7 +240,7 @@ impl<T: Scalar> Module<T> for Tanh {
             y,
             Box::new(move |dy| {
                 let dx = times(dy, &kept, |y| T::one() - y * y); // E88
-                pass.recycle(kept);
+                pass.recycle_input(kept);
                 Ok(Back::of_input(dx))
             }),
         ))

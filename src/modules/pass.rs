@@ -113,6 +113,14 @@ impl<'p, T: Scalar> Pass<'p, T> {
         }
     }
 
+    /// Leaves an input of the module that is run. One whose gradient is not wanted was made by no module, and would add to
+    /// that memory in every step.
+    pub(super) fn recycle_input(&self, x: ArrayD<T>) {
+        if self.requires_grad_x {
+            self.recycle(x);
+        }
+    }
+
     /// Runs `step` in the memory of earlier steps, where there is such.
     pub(super) fn with_workspace<Out>(&self, step: impl FnOnce(&Workspace<T>) -> Out) -> Out {
         match self.workspace {

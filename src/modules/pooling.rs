@@ -169,14 +169,6 @@ fn slice_mut<T: Scalar>(values: &mut ArrayD<T>) -> &mut [T] {
     values.as_slice_mut().expect("standard layout")
 }
 
-/// Leaves the memory of an input to later steps. One whose gradient is not wanted was made by no module, and would add to
-/// that memory in every step.
-fn recycle_input<T: Scalar>(x: ArrayD<T>, pass: &Pass<'_, T>) {
-    if pass.requires_grad_x() {
-        pass.recycle(x);
-    }
-}
-
 impl<const N: usize> MaxPooling<N> {
     fn window(&self) -> Result<Window<N>> {
         Window::new(&self.kernel_size, self.stride.as_ref(), self.padding.as_ref(), self.dilation.as_ref())
@@ -209,7 +201,7 @@ impl<T: Scalar, const N: usize> Module<T> for MaxPooling<N> {
             }
         });
         let shape = x.shape().to_vec();
-        recycle_input(x, pass);
+        pass.recycle_input(x);
         let pass = pass.clone();
         Ok((
             y,
@@ -246,7 +238,7 @@ impl<T: Scalar, const N: usize> Module<T> for AveragePooling<N> {
             }
         });
         let shape = x.shape().to_vec();
-        recycle_input(x, pass);
+        pass.recycle_input(x);
         let pass = pass.clone();
         Ok((
             y,

@@ -92,12 +92,6 @@ impl<O: Operator, T: Scalar> Weighted<O, T> {
     }
 }
 
-/// Leaves the memory of an input to later steps. One whose gradient is not wanted was made by no module, and would add to
-/// that memory in every step.
-fn recycle_input<O: Operator, T: Scalar>(x: O::Input<'_, T>, wanted: bool, pass: &Pass<'_, T>) {
-    x.into_values().filter(|_| wanted).into_iter().for_each(|x| pass.recycle(x));
-}
-
 /// So many rows of y are one task.
 const ROWS: usize = 256;
 
@@ -156,7 +150,7 @@ impl<T: Scalar> Plain<T> {
                     dx
                 });
                 pass.recycle(dy);
-                recycle_input::<O, T>(x, dx.is_some(), &pass);
+                x.into_values().into_iter().for_each(|x| pass.recycle_input(x));
                 Ok(Back { x: dx, parameters })
             }),
         ))
@@ -182,7 +176,7 @@ impl<O: Operator, T: Scalar> Module<T> for Weighted<O, T> {
                 let backward = |workspace: &_| layer.backward_and_input(workspace, cache, dy.view(), requires_grad);
                 let (gradients, x) = pass.with_workspace(backward)?;
                 pass.recycle(dy);
-                recycle_input::<O, T>(x, gradients.x.is_some(), &pass);
+                x.into_values().into_iter().for_each(|x| pass.recycle_input(x));
                 let named = gradients.adapter.named(O::LORA_NAMES).into_iter();
                 let parameters = named.map(|(name, values)| (name.to_string(), values.to_owned())).collect();
                 Ok(Back { x: gradients.x, parameters })
