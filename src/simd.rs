@@ -64,6 +64,22 @@ pub(crate) fn sum<T: Scalar>(a: &[T]) -> T {
     sums.into_iter().fold(T::zero(), |all, sum| all + sum)
 }
 
+/// `sum_j a_j^2`
+#[multiversion(targets("x86_64+avx2"))]
+pub(crate) fn sum_of_squares<T: Scalar>(a: &[T]) -> f64 {
+    let (a, rest) = a.as_chunks::<LANES>();
+    let mut sums = [0.0; LANES];
+    for a in a {
+        for (sum, &a) in sums.iter_mut().zip(a) {
+            *sum += a.as_f64() * a.as_f64();
+        }
+    }
+    for (sum, &a) in sums.iter_mut().zip(rest) {
+        *sum += a.as_f64() * a.as_f64();
+    }
+    sums.into_iter().sum()
+}
+
 /// The largest, passing over what is no number.
 #[multiversion(targets("x86_64+avx2"))]
 pub(crate) fn largest<T: Scalar>(a: &[T]) -> T {
@@ -264,6 +280,7 @@ mod tests {
             let near =
                 |found: f64, terms: f64| assert!((found - terms).abs() < 1e-12, "{length}: {found}, not {terms}");
             near(sum(&a), a.iter().sum());
+            near(sum_of_squares(&a), a.iter().map(|a| a * a).sum());
             near(dot(&a, &b), a.iter().zip(&b).map(|(a, b)| a * b).sum());
             assert_eq!(largest(&a), a.iter().copied().fold(f64::NEG_INFINITY, f64::max));
         }

@@ -114,10 +114,10 @@ fn apply<const N: usize>(conv: &Conv<N>, x: &ArrayD<f64>, weight: &ArrayD<f64>) 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
-    /// E42 to E48, E74, E75, E77, E78.
+    /// E42 to E48, E74, E75, E77, E78, E156.
     #[test]
     fn a_convolution_is_seven_loops_over_a_padded_copy(
-        (images, groups) in (1usize..3, 1usize..4),
+        (images, groups) in (prop::sample::select(vec![1usize, 2, 9]), 1usize..4),
         (per_group, units) in (prop::sample::select(vec![1usize, 2, 5, 17]), prop::sample::select(vec![1usize, 2, 6, 16])),
         size in (1usize..9, prop::sample::select(vec![1usize, 2, 3, 8, 29, 150])).prop_map(<[usize; 2]>::from), kernel in [1usize..4, 1usize..5],
         stride in [1usize..4, 1usize..4], dilation in [1usize..3, 1usize..3], padding in [0usize..5, 0usize..5],
@@ -179,9 +179,13 @@ proptest! {
         (groups, per_group, units) in prop::sample::select(vec![(1usize, 16usize, 17usize), (2, 17, 16), (5, 1, 1), (3, 2, 4)]),
         size in [1usize..5, 1usize..6, 1usize..9], kernel in [1usize..4, 1usize..4, 1usize..4],
         stride in [1usize..3, 1usize..3, 1usize..3], dilation in [1usize..3, 1usize..3, 1usize..3],
-        padding in [0usize..3, 0usize..3, 0usize..3], mode in mode(), seed in any::<u64>(),
+        padding in [0usize..3, 0usize..3, 0usize..3], same in any::<bool>(), mode in mode(), seed in any::<u64>(),
     ) {
-        let settings = settings(&stride, &padding, &dilation, groups, mode);
+        let mut settings = settings(&stride, &padding, &dilation, groups, mode);
+        if same {
+            // With an even kernel more is put after the input than before.
+            settings = ConvSettings { stride: Extents::All(1), padding: Padding::Word(PaddingWord::Same), ..settings };
+        }
         let rng = &mut Pcg64::seed_from_u64(seed);
         let weight = random(&[units * groups, per_group, kernel[0], kernel[1], kernel[2]], rng);
         let x = random(&[2, per_group * groups, size[0], size[1], size[2]], rng);
@@ -196,14 +200,17 @@ proptest! {
         conv.add_adjoint_input(&input, &[(dy.view(), matrix)], twice.view_mut());
         prop_assert!(twice.iter().zip(&dx).all(|(twice, dx)| *twice == 2.0 * dx));
         let (xs, dys) = (x.as_slice().unwrap(), dy.as_slice().unwrap());
-        let (mut ys, mut dxs) = (vec![0.0; y.len()], vec![0.0; x.len()]);
+        let dweight = conv.adjoint_weight(&input, dy.view());
+        let (mut ys, mut dxs, mut dweights) = (vec![0.0; y.len()], vec![0.0; x.len()], Array2::<f64>::zeros(matrix.dim()));
         conv.terms(&input, |term| {
             let (w, at) = (term.factor * matrix[[term.unit, term.column]], term.input.unwrap());
             ys[term.output] += w * xs[at];
             dxs[at] += w * dys[term.output];
+            dweights[[term.unit, term.column]] += term.factor * xs[at] * dys[term.output];
         });
         prop_assert!(y.iter().zip(&ys).all(|(a, b)| (a - b).abs() < 1e-12));
         prop_assert!(dx.iter().zip(&dxs).all(|(a, b)| (a - b).abs() < 1e-12));
+        prop_assert!(dweight.iter().zip(&dweights).all(|(a, b)| (a - b).abs() < 1e-12));
     }
 
     /// A weight that is the identity makes y the unfolded input, and the adjoint to x the fold.

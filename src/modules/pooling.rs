@@ -81,15 +81,34 @@ struct Places {
     /// Elements of a channel of x, and of y.
     inputs: usize,
     outputs: usize,
-    /// The places in a channel of x that each output sees, one after the other; padding is left out.
+    /// For every place of a window, one after the other, what each output sees there in a channel of x; `PADDING` where
+    /// that is none of it.
     sources: Vec<u32>,
-    /// Where each output's places begin in there, and after the last one its end.
-    starts: Vec<usize>,
 }
 
+/// Stands for a place outside the input.
+const PADDING: u32 = u32::MAX;
+
 impl Places {
-    fn of(&self, output: usize) -> &[u32] {
-        &self.sources[self.starts[output]..self.starts[output + 1]]
+    /// What all outputs see at one place of their windows after the other.
+    fn taps(&self) -> impl Iterator<Item = &[u32]> {
+        self.sources.chunks_exact(self.outputs)
+    }
+
+    /// What one output sees; padding is left out.
+    fn of(&self, output: usize) -> impl Iterator<Item = usize> {
+        let all = self.taps().map(move |tap| tap[output]);
+        all.filter(|&source| source != PADDING).map(|source| source as usize)
+    }
+
+    /// The same with the first that an output sees in place of padding; `None` where an output sees nothing else.
+    fn without_padding(mut self) -> Option<Self> {
+        for output in 0..self.outputs {
+            let first = self.of(output).next()? as u32;
+            let sources = self.sources.iter_mut().skip(output).step_by(self.outputs);
+            sources.filter(|source| **source == PADDING).for_each(|source| *source = first);
+        }
+        Some(self)
     }
 }
 
@@ -138,20 +157,19 @@ impl<const N: usize> Window<N> {
             extents[axis] = (padded - reach) / self.stride[axis] + 1;
         }
         let (inputs, outputs) = (sizes.iter().product(), extents.iter().product());
-        let (mut sources, mut starts) = (Vec::new(), vec![0]);
-        for output in ndarray::indices(extents.as_slice()) {
-            for within in ndarray::indices(self.kernel.as_slice()) {
+        let mut sources = Vec::new();
+        for within in ndarray::indices(self.kernel.as_slice()) {
+            for output in ndarray::indices(extents.as_slice()) {
                 let place = (0..N).try_fold(0, |place, axis| {
                     let padded = output[axis] * self.stride[axis] + within[axis] * self.dilation[axis];
                     let inside = padded.checked_sub(self.padding[axis]).filter(|&inside| inside < sizes[axis])?;
                     Some(place * sizes[axis] + inside)
                 });
-                sources.extend(place.map(|place| place as u32));
+                sources.push(place.map_or(PADDING, |place| place as u32));
             }
-            starts.push(sources.len());
         }
         let output = shape[..2].iter().copied().chain(extents).collect();
-        Ok(Places { output, inputs, outputs, sources, starts })
+        Ok(Places { output, inputs, outputs, sources })
     }
 
     /// The elements of a window.
@@ -178,27 +196,27 @@ impl<const N: usize> MaxPooling<N> {
 impl<T: Scalar, const N: usize> Module<T> for MaxPooling<N> {
     fn forward<'m>(&'m self, x: Signal<T>, pass: &Pass<'m, T>) -> Result<Forward<'m, T>> {
         let x = in_standard_layout(x.values()?);
-        let places = self.window()?.places(x.shape())?;
-        if places.starts.windows(2).any(|ends| ends[0] == ends[1]) {
+        let Some(places) = self.window()?.places(x.shape())?.without_padding() else {
             let expected = "with more than padding in every window".into();
             return Err(Error::Shape { tensor: "x".into(), expected, found: x.shape().to_vec() }); // C1
-        }
+        };
         let channels: usize = x.shape()[..2].iter().product();
         let (inputs, outputs) = (places.inputs, places.outputs);
         let mut y = pass.array(&places.output);
         let mut largest = vec![0_u32; channels * outputs];
         let of_channels = slice_mut(&mut y).chunks_exact_mut(outputs).zip(largest.chunks_exact_mut(outputs));
         for_each(x.len(), of_channels.zip(slice(&x).chunks_exact(inputs)), |((y, largest), x)| {
-            for (output, (y, largest)) in y.iter_mut().zip(largest).enumerate() {
-                let (&first, others) = places.of(output).split_first().expect("a window");
-                *largest = others.iter().fold(first, |best, &place| {
-                    let (old, new) = (x[best as usize], x[place as usize]);
+            let mut taps = places.taps();
+            largest.copy_from_slice(taps.next().expect("a window"));
+            for tap in taps {
+                for (largest, &place) in largest.iter_mut().zip(tap) {
+                    let (old, new) = (x[*largest as usize], x[place as usize]);
                     // A NaN is the largest, so that it is seen.
                     let beats = (new > old) | (new.is_nan() & !old.is_nan());
-                    select_unpredictable(beats, place, best) // E90
-                });
-                *y = x[*largest as usize];
+                    *largest = select_unpredictable(beats, place, *largest); // E90
+                }
             }
+            y.iter_mut().zip(largest).for_each(|(y, &mut place)| *y = x[place as usize]);
         });
         let shape = x.shape().to_vec();
         pass.recycle_input(x);
@@ -233,8 +251,7 @@ impl<T: Scalar, const N: usize> Module<T> for AveragePooling<N> {
         let of_channels = slice_mut(&mut y).chunks_exact_mut(outputs).zip(slice(&x).chunks_exact(inputs));
         for_each(x.len(), of_channels, |(y, x)| {
             for (output, y) in y.iter_mut().enumerate() {
-                let seen = places.of(output).iter().map(|&place| x[place as usize]);
-                *y = seen.fold(T::zero(), |sum, x| sum + x) * part; // E92
+                *y = places.of(output).fold(T::zero(), |sum, place| sum + x[place]) * part; // E92
             }
         });
         let shape = x.shape().to_vec();
@@ -251,7 +268,7 @@ impl<T: Scalar, const N: usize> Module<T> for AveragePooling<N> {
                 for_each(elements, of_channels, |(dx, dy)| {
                     dx.fill(T::zero());
                     for (output, &dy) in dy.iter().enumerate() {
-                        places.of(output).iter().for_each(|&place| dx[place as usize] += dy * part); // E97
+                        places.of(output).for_each(|place| dx[place] += dy * part); // E97
                     }
                 });
                 pass.recycle(dy);
@@ -272,7 +289,7 @@ fn windows<R: Real>(x: &ArrayD<R>, places: &Places, make: impl Fn(&mut dyn Itera
     let x: Vec<R> = x.iter().copied().collect();
     let y = (0..x.len() / places.inputs * places.outputs).map(|element| {
         let (channel, output) = (element / places.outputs, element % places.outputs);
-        make(&mut places.of(output).iter().map(|&place| x[channel * places.inputs + place as usize]))
+        make(&mut places.of(output).map(|place| x[channel * places.inputs + place]))
     });
     ArrayD::from_shape_vec(places.output.as_slice(), y.collect()).expect("as many outputs")
 }

@@ -5,6 +5,7 @@
 //! remainder of a position by it: then the outputs next to each other read inputs next to each other, from every kernel
 //! position at another offset. What is computed at the ends of lines, where no window fits, is left out of the outputs.
 
+use super::channels::sum;
 use super::group_slice;
 use super::unfold::{Geometry, NOWHERE, PaddingMode, TILE};
 use crate::Scalar;
@@ -29,7 +30,7 @@ pub(super) struct Shifts {
     /// along the others.
     sheets: Vec<[usize; 3]>,
     taps: Vec<Tap>,
-    /// Places of a line.
+    /// Places from one line to the next.
     line: usize,
 }
 
@@ -55,7 +56,7 @@ impl Shifts {
         let point = Geometry { size: 1, kernel: 1, stride: 1, dilation: 1, before: 0, after: 0, mode: axes[0].mode };
         let axes: [Geometry; 3] =
             std::array::from_fn(|axis| (axis + N).checked_sub(3).map_or(point, |axis| axes[axis]));
-        let line = axes[2].padded_size().div_ceil(axes[2].stride);
+        let line = axes[2].pitch();
         let (mut sheets, mut taps) = (Vec::new(), Vec::new());
         for k in 0..axes.iter().map(|axis| axis.kernel).product() {
             let offsets =
@@ -90,15 +91,22 @@ impl Shifts {
         Self::new(axes, channels, rows)
     }
 
+    /// That of the gradient of the weight. Row by row it would save nothing. E156
+    pub fn of_weight<const N: usize>(axes: [Geometry; N], rows: usize, channels: usize) -> Option<Self> {
+        Self::new(axes, rows, channels).filter(|_| !is_depthwise(rows, channels))
+    }
+
     /// The tiles of so many images, in their order, all about as wide: one product of small images costs less than one each.
     fn tiles(&self, images: usize) -> Vec<Tile> {
         let [outputs, lines, columns] = self.axes.map(|axis| axis.output());
         let places = (lines - 1) * self.line + columns;
-        let together = TILE / (places + reach(&self.taps));
+        let together = TILE / self.pitch();
         if outputs == 1 && together > 1 {
-            let starts = (0..images).step_by(together);
-            let tile = |start| Tile { images: start..(start + together).min(images), output: 0, places: 0..places };
-            return starts.map(tile).collect();
+            // So many that a few threads have as many each.
+            let tiles = images.div_ceil(together).next_multiple_of(4).min(images);
+            let start = |nth: usize| nth * images / tiles;
+            let tile = |nth| Tile { images: start(nth)..start(nth + 1), output: 0, places: 0..places };
+            return (0..tiles).map(tile).collect();
         }
         let width = places.div_ceil(places.div_ceil(TILE));
         let of_image = |image: usize| {
@@ -112,8 +120,20 @@ impl Shifts {
     }
 
     /// Places from one image of a tile to the next.
-    fn pitch(&self, tile: &Tile) -> usize {
-        tile.places.len() + reach(&self.taps)
+    fn pitch(&self) -> usize {
+        self.axes[1].pitch() * self.line
+    }
+
+    /// How many places a tile's products have, and how many of the padded input they read.
+    fn widths(&self, tile: &Tile) -> [usize; 2] {
+        let products = (tile.images.len() - 1) * self.pitch() + tile.places.len();
+        [products, products + reach(&self.taps)]
+    }
+
+    /// Where an image of a tile lies in what the tile reads: the last one up to its end.
+    fn span(&self, tile: &Tile, nth: usize) -> Slice {
+        let end = if nth + 1 == tile.images.len() { self.widths(tile)[1] } else { (nth + 1) * self.pitch() };
+        Slice::from(nth * self.pitch()..end)
     }
 
     /// How many outputs lie before a place.
@@ -153,40 +173,78 @@ impl Shifts {
                 }
             }
         }
-        let widest = tasks.iter().map(|(tile, _)| tile.images.len() * self.pitch(tile)).max().unwrap_or(0);
+        let widest = tasks.iter().map(|(tile, _)| self.widths(tile)[1]).max().unwrap_or(0);
         let (_, rows, channels) = weights[0].dim();
         let scratch = || {
             let band = Array2::zeros((self.sheets.len() * channels, widest));
             (band, Array2::zeros((rows, widest)))
         };
         run_tasks(tasks, scratch, |(band, products), (tile, mut outputs)| {
-            let pitch = self.pitch(&tile);
-            let places = tile.images.len() * pitch - reach(&self.taps);
+            let [places, _] = self.widths(&tile);
             let products = &mut products.slice_axis_mut(Axis(1), Slice::from(0..places));
             for (q, weight) in weights.iter().enumerate() {
                 let of_group = |values: ArrayView2<'_, T>| group_slice(q, weights.len(), values.nrows());
                 for (nth, image) in tile.images.clone().enumerate() {
                     let images = inputs.iter().map(|input| input.index_axis_move(Axis(0), image));
                     let images = images.map(|image| image.slice_axis_move(Axis(0), of_group(image)));
-                    let band = band.slice_axis_mut(Axis(1), Slice::from(nth * pitch..(nth + 1) * pitch));
-                    self.fill(&tile, images, band);
+                    self.fill(&tile, images, band.slice_axis_mut(Axis(1), self.span(&tile, nth)));
                 }
                 self.multiply(weight.view(), band.view(), products.view_mut());
-                let mut rows = products.outer_iter();
+                let (mut rows, windows) = (products.outer_iter(), self.windows(&tile));
                 for images in &mut outputs {
                     let units = of_group(images[0].view());
                     let products: Vec<_> = rows.by_ref().take(images[0].nrows() / weights.len()).collect();
                     for (nth, output) in images.iter_mut().enumerate() {
                         let units = output.slice_axis_mut(Axis(0), units);
                         for (output, products) in units.into_outer_iter_mut().zip(&products) {
-                            let products = &products.to_slice().expect("contiguous rows")[nth * pitch..];
-                            let products = &products[..tile.places.len()];
-                            self.store(&tile, products, output.into_slice().expect("contiguous rows"));
+                            let products = &products.to_slice().expect("contiguous rows")[nth * self.pitch()..];
+                            let output = output.into_slice().expect("contiguous rows");
+                            windows.iter().fold(output, |output, of_line| {
+                                let (output, rest) = output.split_at_mut(of_line.len());
+                                copy(&products[of_line.clone()], output);
+                                rest
+                            });
                         }
                     }
                 }
             }
         });
+    }
+
+    /// `dW_k = dY X_k^T`, summed over images: `[kernel, channels, rows]`, rows of all groups. E156
+    ///
+    /// x `[images, channels, size]`, dy `[images, rows, outputs]` in standard layout.
+    pub fn weights<T: Scalar>(&self, x: ArrayView3<'_, T>, dy: ArrayView3<'_, T>, groups: usize) -> Array3<T> {
+        let (images, rows, _) = dy.dim();
+        let channels = x.len_of(Axis(1)) / groups;
+        let tiles = self.tiles(images);
+        let widest = tiles.iter().map(|tile| self.widths(tile)[1]).max().unwrap_or(0);
+        let scratch = || {
+            let band = Array2::zeros((self.sheets.len() * channels, widest));
+            (band, Array2::zeros((widest, rows / groups)))
+        };
+        let zero = || Array3::zeros((self.taps.len(), channels, rows));
+        let add = |(band, placed): &mut (Array2<T>, Array2<T>), dweight: &mut Array3<T>, tile: Tile| {
+            let [places, _] = self.widths(&tile);
+            for q in 0..groups {
+                for (nth, image) in tile.images.clone().enumerate() {
+                    let of_image = self.span(&tile, nth);
+                    let [x, dy] = [x, dy].map(|values| {
+                        let values = values.index_axis_move(Axis(0), image);
+                        values.slice_axis_move(Axis(0), group_slice(q, groups, values.nrows()))
+                    });
+                    self.fill(&tile, [x].into_iter(), band.slice_axis_mut(Axis(1), of_image));
+                    self.place(&tile, dy, placed.slice_axis_mut(Axis(0), of_image));
+                }
+                let placed = placed.slice_axis(Axis(0), Slice::from(..places));
+                let of_group = group_slice(q, groups, rows);
+                for (k, dweight) in dweight.slice_axis_mut(Axis(2), of_group).outer_iter_mut().enumerate() {
+                    let (seen, dweight) = (self.seen(k, band.view(), places), dweight.reversed_axes());
+                    product_into_on_this_thread(T::one(), placed.t(), seen.t(), Accumulate::Add, dweight); // E156
+                }
+            }
+        };
+        sum(x.len().max(dy.len()), tiles.into_iter(), scratch, zero, add, |all, part| *all += &part)
     }
 
     /// The padded input that a tile reads of one image, `[sheets * channels, places]`.
@@ -197,13 +255,14 @@ impl Shifts {
         band: ArrayViewMut2<'_, T>,
     ) {
         let [outer, lines, columns] = &self.axes;
-        let length = self.pitch(tile);
+        let length = band.ncols();
         let channels: Vec<&[T]> = images
             .flat_map(|image| image.into_outer_iter())
             .map(|channel| channel.to_slice().expect("standard layout"))
             .collect();
         let mut rows: Vec<&mut [T]> =
             band.into_outer_iter_mut().map(|row| row.into_slice().expect("standard layout")).collect();
+        let mut padding = Vec::new();
         for (&[k, line_remainder, remainder], rows) in self.sheets.iter().zip(rows.chunks_exact_mut(channels.len())) {
             let sheet = self.sources[0][tile.output * outer.stride + k * outer.dilation];
             let inside = columns.inside_of(remainder);
@@ -221,6 +280,11 @@ impl Shifts {
                 }
                 let x = (sheet * lines.size + source) * columns.size;
                 let inside = inside.start.clamp(from, to)..inside.end.clamp(from, to);
+                padding.clear();
+                padding.extend((from..inside.start).chain(inside.end..to).map(|place| {
+                    let source = self.sources[2].get(place * columns.stride + remainder);
+                    (place - from, source.copied().unwrap_or(NOWHERE))
+                }));
                 for (row, channel) in rows.iter_mut().zip(&channels) {
                     let (into, x) = (&mut row[of_line.clone()], &channel[x..][..columns.size]);
                     if !inside.is_empty() {
@@ -232,13 +296,20 @@ impl Shifts {
                             into.iter_mut().zip(x.iter().step_by(columns.stride)).for_each(|(into, &x)| *into = x);
                         }
                     }
-                    for place in (from..inside.start).chain(inside.end..to) {
-                        let source = self.sources[2].get(place * columns.stride + remainder);
-                        into[place - from] = source.and_then(|&source| x.get(source)).copied().unwrap_or(T::zero());
+                    for &(place, source) in &padding {
+                        into[place] = x.get(source).copied().unwrap_or(T::zero());
                     }
                 }
             }
         }
+    }
+
+    /// The padded input as kernel position k sees it.
+    fn seen<'a, T: Scalar>(&self, k: usize, band: ArrayView2<'a, T>, places: usize) -> ArrayView2<'a, T> {
+        let Tap { sheet, offset } = self.taps[k];
+        let channels = band.nrows() / self.sheets.len();
+        let seen = band.slice_axis_move(Axis(0), Slice::from(sheet * channels..(sheet + 1) * channels));
+        seen.slice_axis_move(Axis(1), Slice::from(offset..offset + places))
     }
 
     /// E77
@@ -254,10 +325,9 @@ impl Shifts {
         if depthwise {
             products.fill(T::zero());
         }
-        for (k, Tap { sheet, offset }) in self.taps.iter().enumerate() {
+        for k in 0..self.taps.len() {
             let weight = weight.index_axis(Axis(0), k);
-            let seen = band.slice_axis(Axis(0), Slice::from(sheet * channels..(sheet + 1) * channels));
-            let seen = seen.slice_axis(Axis(1), Slice::from(*offset..offset + places));
+            let seen = self.seen(k, band.view(), places);
             if !depthwise {
                 let accumulate = if k == 0 { Accumulate::Replace } else { Accumulate::Add };
                 product_into_on_this_thread(T::one(), weight, seen, accumulate, products.view_mut()); // E77
@@ -272,18 +342,27 @@ impl Shifts {
         }
     }
 
-    /// The outputs among the places of a row.
-    fn store<T: Scalar>(&self, tile: &Tile, products: &[T], mut output: &mut [T]) {
-        let columns = self.axes[2].output();
-        let mut at = 0;
-        while at < products.len() {
-            let from = (tile.places.start + at) % self.line;
-            let run = (self.line - from).min(products.len() - at);
-            let outputs = columns.saturating_sub(from).min(run);
-            let (into, rest) = output.split_at_mut(outputs);
-            copy(&products[at..at + outputs], into);
-            (at, output) = (at + run, rest);
+    /// A cotangent at the places of its outputs, 0 at the others: dy `[rows, outputs]` into `[places, rows]`. E156
+    fn place<T: Scalar>(&self, tile: &Tile, dy: ArrayView2<'_, T>, mut placed: ArrayViewMut2<'_, T>) {
+        placed.fill(T::zero());
+        let rows: Vec<&[T]> = dy.outer_iter().map(|row| row.to_slice().expect("contiguous rows")).collect();
+        let of_sheet = self.axes[1].output() * self.axes[2].output();
+        let first = tile.output * of_sheet + self.outputs_before(tile.places.start);
+        let places = self.windows(tile).into_iter().flatten();
+        for (output, place) in (first..).zip(places) {
+            placed.row_mut(place).iter_mut().zip(&rows).for_each(|(into, row)| *into = row[output]);
         }
+    }
+
+    /// The places of a tile where a window fits, line by line, counted from its first.
+    fn windows(&self, tile: &Tile) -> Vec<Range<usize>> {
+        let (Range { start, end }, columns) = (tile.places.clone(), self.axes[2].output());
+        let lines = start / self.line..end.div_ceil(self.line);
+        let of_line = |line: usize| {
+            let line = line * self.line;
+            line.max(start) - start..(line + columns).clamp(start, end) - start
+        };
+        lines.map(of_line).filter(|places| !places.is_empty()).collect()
     }
 }
 

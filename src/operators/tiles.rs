@@ -4,7 +4,7 @@
 use super::channels::{for_each, sum};
 use super::conv::Conv;
 use super::shifts::Shifts;
-use super::unfold::{TILE, Windows};
+use super::unfold::{TILE, Walk, Windows};
 use super::{Operator, group_slice};
 use crate::Scalar;
 use crate::matmul::{Accumulate, product_into_on_this_thread, run_tasks};
@@ -100,11 +100,11 @@ impl<const N: usize> Conv<N> {
         }
         let width = TILE.min(windows.positions());
         let rows = of_groups[0].nrows();
-        let scratch = || (Array2::zeros((self.fan_in(), width)), Array2::zeros((rows, width)));
-        run_tasks(tasks, scratch, |(unfolded, products), (image, tile, mut outputs)| {
+        let scratch = || (windows.walk(), Array2::zeros((self.fan_in(), width)), Array2::zeros((rows, width)));
+        run_tasks(tasks, scratch, |(walk, unfolded, products), (image, tile, mut outputs)| {
             for (q, weight) in of_groups.iter().enumerate() {
                 let image = self.of_group(x.index_axis(Axis(0), image), q);
-                let unfolded = windows.unfolded(image, tile.clone(), unfolded);
+                let unfolded = walk.unfolded(image, tile.clone(), unfolded);
                 if let [output] = outputs.as_mut_slice() {
                     let units = group_slice(q, self.groups, output.nrows());
                     let output = output.slice_axis_mut(Axis(0), units);
@@ -162,8 +162,8 @@ impl<const N: usize> Conv<N> {
             }
         }
         let (width, most) = (TILE.min(windows.positions()), self.fan_in().min(CHANNELS * windows.kernel));
-        let scratch = || Array2::zeros((most, width));
-        run_tasks(tasks, scratch, |gradients, (image, q, of_channels, mut dx)| {
+        let scratch = || (windows.walk(), Array2::zeros((most, width)));
+        run_tasks(tasks, scratch, |(walk, gradients), (image, q, of_channels, mut dx)| {
             dx.fill(T::zero());
             for tile in tiles(windows.positions()) {
                 let mut gradient = columns_mut(gradients, 0..tile.len());
@@ -175,7 +175,7 @@ impl<const N: usize> Conv<N> {
                     let accumulate = if nth == 0 { Accumulate::Replace } else { Accumulate::Add };
                     product_into_on_this_thread(T::one(), weight.t(), dy, accumulate, gradient.view_mut()); // E47
                 }
-                windows.fold(gradient.view(), tile.start, dx.view_mut()); // E47
+                walk.fold(gradient.view(), tile.start, dx.view_mut()); // E47
             }
         });
     }
@@ -203,8 +203,9 @@ impl<const N: usize> Conv<N> {
         if rows / self.groups < channels && of_a_row <= SPREAD {
             let together = (SPREAD / of_a_row).min(rows / self.groups);
             let spread = together * windows.kernel;
-            let scratch = || (Array2::zeros((spread, windows.inputs())), Array2::zeros((spread, channels)));
-            let add = |(spread, product): &mut (Array2<T>, Array2<T>), dw: &mut Array2<T>, image| {
+            let scratch =
+                || (windows.walk(), Array2::zeros((spread, windows.inputs())), Array2::zeros((spread, channels)));
+            let add = |(walk, spread, product): &mut (Walk<'_, N>, Array2<T>, Array2<T>), dw: &mut Array2<T>, image| {
                 for q in 0..self.groups {
                     let (image, dy) = of_group(image, q);
                     let mut dw = dw.slice_axis_mut(Axis(0), group_slice(q, self.groups, rows));
@@ -213,7 +214,7 @@ impl<const N: usize> Conv<N> {
                         let used = Slice::from(0..dy.nrows() * windows.kernel);
                         let mut spread = spread.slice_axis_mut(Axis(0), used);
                         let mut product = product.slice_axis_mut(Axis(0), used);
-                        windows.spread(dy, spread.view_mut()); // E74
+                        walk.spread(dy, spread.view_mut()); // E74
                         let into = product.view_mut();
                         product_into_on_this_thread(T::one(), spread.view(), image.t(), Accumulate::Replace, into); // E75
                         let of_rows = product.axis_chunks_iter(Axis(0), windows.kernel);
@@ -225,17 +226,23 @@ impl<const N: usize> Conv<N> {
             };
             return sum(x.len(), 0..images, scratch, zero, add, join);
         }
-        let scratch = || Array2::zeros((self.fan_in(), TILE.min(windows.positions())));
-        let add = |scratch: &mut Array2<T>, dw: &mut Array2<T>, (image, tile): (usize, Range<usize>)| {
+        if let Some(shifts) = Shifts::of_weight(windows.axes, rows / self.groups, channels) {
+            let dweight = shifts.weights(x, dy.view(), self.groups).permuted_axes([2, 1, 0]); // E156
+            return dweight.to_shape((rows, self.fan_in())).expect("as many").into_owned();
+        }
+        let scratch = || (windows.walk(), Array2::zeros((self.fan_in(), TILE.min(windows.positions()))));
+        let add = |(walk, scratch): &mut (Walk<'_, N>, Array2<T>),
+                   dw: &mut Array2<T>,
+                   (image, tile): (usize, Range<usize>)| {
             for q in 0..self.groups {
                 let (image, dy) = of_group(image, q);
-                let unfolded = windows.unfolded(image, tile.clone(), scratch);
+                let unfolded = walk.unfolded(image, tile.clone(), scratch);
                 let dw = dw.slice_axis_mut(Axis(0), group_slice(q, self.groups, rows));
                 let dy = columns(dy, tile.clone());
                 product_into_on_this_thread(T::one(), dy, unfolded.t(), Accumulate::Add, dw); // E48
             }
         };
         let all = (0..images).flat_map(|image| tiles(windows.positions()).map(move |tile| (image, tile)));
-        sum(x.len(), all, scratch, zero, add, join)
+        sum(x.len().max(dy.len()), all, scratch, zero, add, join)
     }
 }

@@ -100,6 +100,12 @@ impl Geometry {
         self.before + self.size + self.after
     }
 
+    /// Places from one line to the next, a stride apart: zeros after a line are those before the next one too.
+    pub fn pitch(&self) -> usize {
+        let inside = if self.is_zero_padded() { self.size + self.before.max(self.after) } else { self.padded_size() };
+        inside.div_ceil(self.stride).max(self.output())
+    }
+
     /// Whether all that is put around the input is zeros.
     pub fn is_zero_padded(&self) -> bool {
         self.mode == PaddingMode::Zeros || self.before + self.after == 0
@@ -193,14 +199,14 @@ impl<const N: usize> Windows<N> {
         self.axes.iter().map(|axis| axis.size).product()
     }
 
-    /// What every kernel position (row-major) reads for `length` output positions from `start` on: the same in every
-    /// channel.
-    fn runs(&self, start: usize, length: usize) -> Vec<Vec<Run<'_>>> {
-        (0..self.kernel).map(|k| self.runs_of(k, start, length)).collect()
+    /// A walk that stands nowhere yet.
+    pub fn walk(&self) -> Walk<'_, N> {
+        Walk { windows: self, positions: 0..0, runs: Vec::new() }
     }
 
-    /// What kernel position k reads.
-    fn runs_of(&self, k: usize, start: usize, length: usize) -> Vec<Run<'_>> {
+    /// What kernel position k (row-major) reads for these output positions: the same in every channel.
+    fn runs_of(&self, k: usize, Range { start, end }: Range<usize>) -> Vec<Run<'_>> {
+        let length = end - start;
         let last = N - 1;
         let mut offsets = [0; N];
         let mut rest = k;
@@ -229,105 +235,10 @@ impl<const N: usize> Windows<N> {
         runs
     }
 
-    /// `columns[c k, p] = x[c, source(p, k)]` for the output positions `start..`, as many as there are columns.
-    ///
-    /// x `[channels, inputs]`, columns `[channels * kernel, positions]`, both in standard layout. E44
-    pub fn unfold<T: Scalar>(&self, x: ArrayView2<'_, T>, start: usize, mut columns: ArrayViewMut2<'_, T>) {
-        let (runs, stride) = (self.runs(start, columns.ncols()), self.axes[N - 1].stride);
-        for (row, mut column) in columns.axis_iter_mut(Axis(0)).enumerate() {
-            let x = x.index_axis(Axis(0), row / self.kernel);
-            let x = x.as_slice().expect("standard layout");
-            let column = column.as_slice_mut().expect("standard layout");
-            for Run { at, line, sources, inside } in &runs[row % self.kernel] {
-                let into = &mut column[*at..at + sources.len()];
-                let Some(line) = line else {
-                    into.fill(T::zero());
-                    continue;
-                };
-                if !inside.is_empty() {
-                    let x = &x[line + sources[inside.start]..];
-                    let into = &mut into[inside.clone()];
-                    if stride == 1 {
-                        copy(&x[..into.len()], into); // E44
-                    } else {
-                        into.iter_mut().zip(x.iter().step_by(stride)).for_each(|(into, &x)| *into = x); // E44
-                    }
-                }
-                for i in (0..inside.start).chain(inside.end..sources.len()) {
-                    into[i] = if sources[i] == NOWHERE { T::zero() } else { x[line + sources[i]] }; // E44
-                }
-            }
-        }
-    }
-
-    /// The adjoint of unfold: `x[c, source(p, k)] += columns[c k, p]`. E45
-    pub fn fold<T: Scalar>(&self, columns: ArrayView2<'_, T>, start: usize, mut x: ArrayViewMut2<'_, T>) {
-        let runs = self.runs(start, columns.ncols());
-        for (row, column) in columns.axis_iter(Axis(0)).enumerate() {
-            let mut x = x.index_axis_mut(Axis(0), row / self.kernel);
-            let x = x.as_slice_mut().expect("standard layout");
-            self.scatter(&runs[row % self.kernel], column.to_slice().expect("standard layout"), x); // E45
-        }
-    }
-
-    /// The columns `X[c k, p] = x[c, source(p, k)]` of some output positions, in `scratch` unless they are x itself.
-    pub fn unfolded<'a, T: Scalar>(
-        &self,
-        x: ArrayView2<'a, T>,
-        positions: Range<usize>,
-        scratch: &'a mut Array2<T>,
-    ) -> ArrayView2<'a, T> {
-        if self.is_identity() {
-            return x.slice_axis_move(Axis(1), Slice::from(positions));
-        }
-        let mut columns = scratch.slice_axis_mut(Axis(1), Slice::from(0..positions.len()));
-        self.unfold(x, positions.start, columns.view_mut());
-        let columns: ArrayView2<'a, T> = scratch.view();
-        columns.slice_axis_move(Axis(1), Slice::from(0..positions.len()))
-    }
-
     /// A kernel of one position without stride or padding reads every input where it is.
     fn is_identity(&self) -> bool {
         let plain = |axis: &Geometry| axis.kernel == 1 && axis.stride == 1 && axis.before + axis.after == 0;
         self.axes.iter().all(plain)
-    }
-
-    /// A cotangent moved to where each kernel position reads: `rows[u k, i] = sum over p with source(p, k) = i of dy[u,
-    /// p]`.
-    ///
-    /// dy `[rows, positions]`; `rows` `[rows * kernel, inputs]` in standard layout. E74
-    pub fn spread<T: Scalar>(&self, dy: ArrayView2<'_, T>, mut rows: ArrayViewMut2<'_, T>) {
-        rows.fill(T::zero());
-        for k in 0..self.kernel {
-            let runs = self.runs_of(k, 0, dy.ncols());
-            for (u, dy) in dy.outer_iter().enumerate() {
-                let into = rows.index_axis_mut(Axis(0), u * self.kernel + k).into_slice().expect("standard layout");
-                self.scatter(&runs, dy.to_slice().expect("contiguous rows"), into); // E74
-            }
-        }
-    }
-
-    /// `into[source(p, k)] += from[p]` for the runs of kernel position k.
-    fn scatter<T: Scalar>(&self, runs: &[Run<'_>], from: &[T], into: &mut [T]) {
-        let stride = self.axes[N - 1].stride;
-        for Run { at, line, sources, inside } in runs {
-            let Some(line) = line else { continue };
-            let from = &from[*at..at + sources.len()];
-            if !inside.is_empty() {
-                let into = &mut into[line + sources[inside.start]..];
-                let from = &from[inside.clone()];
-                if stride == 1 {
-                    into.iter_mut().zip(from).for_each(|(into, &from)| *into += from);
-                } else {
-                    into.iter_mut().step_by(stride).zip(from).for_each(|(into, &from)| *into += from);
-                }
-            }
-            for i in (0..inside.start).chain(inside.end..sources.len()) {
-                if sources[i] != NOWHERE {
-                    into[line + sources[i]] += from[i];
-                }
-            }
-        }
     }
 
     /// Every pair of output position and input position that kernel position `k` joins, by the definition: a window
@@ -351,6 +262,125 @@ impl<const N: usize> Windows<N> {
             }
             if let Some(input) = input {
                 visit(p, input);
+            }
+        }
+    }
+}
+
+/// A thread's walk through tiles. What one of them reads is kept for the next: in small images, of one tile each, all read
+/// the same.
+pub(super) struct Walk<'w, const N: usize> {
+    windows: &'w Windows<N>,
+    /// The output positions of the tile that it stands on.
+    positions: Range<usize>,
+    /// For every kernel position, what it reads.
+    runs: Vec<Vec<Run<'w>>>,
+}
+
+impl<const N: usize> Walk<'_, N> {
+    fn step_to(&mut self, positions: Range<usize>) {
+        if self.positions != positions {
+            self.runs = (0..self.windows.kernel).map(|k| self.windows.runs_of(k, positions.clone())).collect();
+            self.positions = positions;
+        }
+    }
+
+    /// `columns[c k, p] = x[c, source(p, k)]` for the output positions `start..`, as many as there are columns.
+    ///
+    /// x `[channels, inputs]`, columns `[channels * kernel, positions]`, both in standard layout. E44
+    fn unfold<T: Scalar>(&mut self, x: ArrayView2<'_, T>, start: usize, columns: ArrayViewMut2<'_, T>) {
+        self.step_to(start..start + columns.ncols());
+        let (kernel, stride) = (self.windows.kernel, self.windows.axes[N - 1].stride);
+        let x: Vec<&[T]> = x.outer_iter().map(|channel| channel.to_slice().expect("standard layout")).collect();
+        let rows = columns.into_outer_iter_mut().map(|row| row.into_slice().expect("standard layout"));
+        let mut rows: Vec<&mut [T]> = rows.collect();
+        for (k, runs) in self.runs.iter().enumerate() {
+            for Run { at, line, sources, inside } in runs {
+                let of_run = *at..at + sources.len();
+                let rows = rows.iter_mut().skip(k).step_by(kernel).map(|row| &mut row[of_run.clone()]);
+                let Some(line) = line else {
+                    rows.for_each(|into| into.fill(T::zero()));
+                    continue;
+                };
+                for (into, x) in rows.zip(&x) {
+                    let x = &x[*line..];
+                    if !inside.is_empty() {
+                        let x = &x[sources[inside.start]..];
+                        let into = &mut into[inside.clone()];
+                        if stride == 1 {
+                            copy(&x[..into.len()], into); // E44
+                        } else {
+                            into.iter_mut().zip(x.iter().step_by(stride)).for_each(|(into, &x)| *into = x); // E44
+                        }
+                    }
+                    for i in (0..inside.start).chain(inside.end..sources.len()) {
+                        into[i] = if sources[i] == NOWHERE { T::zero() } else { x[sources[i]] }; // E44
+                    }
+                }
+            }
+        }
+    }
+
+    /// The adjoint of unfold: `x[c, source(p, k)] += columns[c k, p]`. E45
+    pub fn fold<T: Scalar>(&mut self, columns: ArrayView2<'_, T>, start: usize, mut x: ArrayViewMut2<'_, T>) {
+        self.step_to(start..start + columns.ncols());
+        let kernel = self.windows.kernel;
+        for (row, column) in columns.axis_iter(Axis(0)).enumerate() {
+            let mut x = x.index_axis_mut(Axis(0), row / kernel);
+            let x = x.as_slice_mut().expect("standard layout");
+            self.scatter(row % kernel, column.to_slice().expect("standard layout"), x); // E45
+        }
+    }
+
+    /// The columns `X[c k, p] = x[c, source(p, k)]` of some output positions, in `scratch` unless they are x itself.
+    pub fn unfolded<'a, T: Scalar>(
+        &mut self,
+        x: ArrayView2<'a, T>,
+        positions: Range<usize>,
+        scratch: &'a mut Array2<T>,
+    ) -> ArrayView2<'a, T> {
+        if self.windows.is_identity() {
+            return x.slice_axis_move(Axis(1), Slice::from(positions));
+        }
+        let mut columns = scratch.slice_axis_mut(Axis(1), Slice::from(0..positions.len()));
+        self.unfold(x, positions.start, columns.view_mut());
+        let columns: ArrayView2<'a, T> = scratch.view();
+        columns.slice_axis_move(Axis(1), Slice::from(0..positions.len()))
+    }
+
+    /// A cotangent moved to where each kernel position reads: `rows[u k, i] = sum over p with source(p, k) = i of dy[u,
+    /// p]`.
+    ///
+    /// dy `[rows, positions]`; `rows` `[rows * kernel, inputs]` in standard layout. E74
+    pub fn spread<T: Scalar>(&mut self, dy: ArrayView2<'_, T>, mut rows: ArrayViewMut2<'_, T>) {
+        self.step_to(0..dy.ncols());
+        rows.fill(T::zero());
+        let kernel = self.windows.kernel;
+        for (row, into) in rows.outer_iter_mut().enumerate() {
+            let dy = dy.index_axis(Axis(0), row / kernel).to_slice().expect("contiguous rows");
+            self.scatter(row % kernel, dy, into.into_slice().expect("standard layout")); // E74
+        }
+    }
+
+    /// `into[source(p, k)] += from[p]`
+    fn scatter<T: Scalar>(&self, k: usize, from: &[T], into: &mut [T]) {
+        let stride = self.windows.axes[N - 1].stride;
+        for Run { at, line, sources, inside } in &self.runs[k] {
+            let Some(line) = line else { continue };
+            let from = &from[*at..at + sources.len()];
+            if !inside.is_empty() {
+                let into = &mut into[line + sources[inside.start]..];
+                let from = &from[inside.clone()];
+                if stride == 1 {
+                    into.iter_mut().zip(from).for_each(|(into, &from)| *into += from);
+                } else {
+                    into.iter_mut().step_by(stride).zip(from).for_each(|(into, &from)| *into += from);
+                }
+            }
+            for i in (0..inside.start).chain(inside.end..sources.len()) {
+                if sources[i] != NOWHERE {
+                    into[line + sources[i]] += from[i];
+                }
             }
         }
     }

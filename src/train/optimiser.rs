@@ -2,6 +2,7 @@
 
 use super::place::Misfit;
 use crate::error::check_shape;
+use crate::simd::sum_of_squares;
 use crate::wora::Method;
 use crate::{Error, Result, Scalar};
 use multiversion::multiversion;
@@ -330,7 +331,9 @@ fn adapt_each<T: Scalar>(factors: AdamFactors<T>, parameter: &mut [T], [first, s
 
 /// Scales gradients so that their norm over all of them is at most `most`; the norm they had. E140
 pub(super) fn clip<T: Scalar>(gradients: &mut BTreeMap<String, ArrayD<T>>, most: Option<f64>) -> f64 {
-    let squares = |(_, gradient): (_, &ArrayD<T>)| gradient.iter().map(|g| g.as_f64().powi(2)).sum::<f64>();
+    let squares = |(_, gradient): (_, &ArrayD<T>)| {
+        sum_of_squares(gradient.as_standard_layout().as_slice().expect("standard layout"))
+    };
     let norm = gradients.par_iter().map(squares).collect::<Vec<_>>().iter().sum::<f64>().sqrt();
     // PyTorch's `clip_grad_norm_`, with its small number.
     if let Some(factor) = most.map(|most| most / (norm + 1e-6)).filter(|&factor| factor < 1.0) {
