@@ -88,11 +88,35 @@ pub(crate) fn run_tasks<I: Send, S, R: Send>(
     scratch: impl Fn() -> S + Send + Sync,
     run: impl Fn(&mut S, I) -> R + Send + Sync,
 ) -> Vec<R> {
-    if cfg!(feature = "openblas") {
+    run_small_tasks(1, tasks, scratch, run)
+}
+
+/// The same for tasks so small that no fewer than `least` are worth a thread's while; all of them may be too few.
+pub(crate) fn run_small_tasks<I: Send, S, R: Send>(
+    least: usize,
+    tasks: Vec<I>,
+    scratch: impl Fn() -> S + Send + Sync,
+    run: impl Fn(&mut S, I) -> R + Send + Sync,
+) -> Vec<R> {
+    if cfg!(feature = "openblas") || tasks.len() <= least {
         let mut scratch = scratch();
         tasks.into_iter().map(|task| run(&mut scratch, task)).collect()
     } else {
-        tasks.into_par_iter().map_init(scratch, run).collect()
+        tasks.into_par_iter().with_min_len(least).map_init(scratch, run).collect()
+    }
+}
+
+/// Does two things, of so many floating-point operations each: side by side where each by itself would be left to one
+/// thread, and that takes longer than waking another.
+pub(crate) fn both<A: Send, B: Send>(
+    flops: usize,
+    one: impl FnOnce() -> A + Send,
+    other: impl FnOnce() -> B + Send,
+) -> (A, B) {
+    if cfg!(not(feature = "openblas")) && (PARALLEL_FLOPS / 4..PARALLEL_FLOPS).contains(&flops) {
+        rayon::join(one, other)
+    } else {
+        (one(), other())
     }
 }
 
@@ -141,6 +165,8 @@ mod backend {
     const TERMS: [usize; 2] = [512, 2048];
     const FEW_SUMS: usize = 1 << 18;
     const LONGER: usize = 4;
+    /// Rows that one task adds up of such parts.
+    const ROWS: usize = 16;
     /// Where B has no more columns than this, columns of A are copied so many at a time.
     const FEW: usize = 16;
     const COPIED: usize = 64;
@@ -181,7 +207,10 @@ mod backend {
             if accumulate == Accumulate::Replace {
                 c.fill(T::zero());
             }
-            parts.iter().for_each(|part| c += part);
+            c.axis_chunks_iter_mut(Axis(0), ROWS).into_par_iter().enumerate().for_each(|(nth, mut c)| {
+                let rows = Slice::from(nth * ROWS..nth * ROWS + c.nrows());
+                parts.iter().for_each(|part| c += &part.slice_axis(Axis(0), rows));
+            });
         } else if in_blocks && rows <= columns {
             c.axis_chunks_iter_mut(Axis(1), BLOCK).into_par_iter().enumerate().for_each(|(nth, block)| {
                 let b = b.slice_axis(Axis(1), Slice::from(nth * BLOCK..nth * BLOCK + block.ncols()));

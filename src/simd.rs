@@ -168,7 +168,7 @@ pub(crate) fn add_scaled<T: Scalar>(scale: T, from: &[T], into: &mut [T]) {
 
 /// e to the power of each, within one and a quarter units in the last place. The standard library's is one number at a
 /// time, and so is that of every crate in f64.
-#[multiversion(targets("x86_64+avx2"))]
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
 pub(crate) fn exp_each(values: &mut [f64]) {
     for value in values {
         *value = exp(*value);

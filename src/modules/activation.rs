@@ -2,7 +2,7 @@
 
 use super::{Back, Described, Find, Forward, Module, Pass, Signal, defined};
 use crate::operators::{PARALLEL_ELEMENTS, in_standard_layout};
-use crate::simd::add_scaled;
+use crate::simd::{add_scaled, scale_each};
 use crate::{Real, Result, Scalar};
 use multiversion::multiversion;
 use ndarray::ArrayD;
@@ -23,6 +23,22 @@ fn in_chunks<T: Scalar>(values: &mut ArrayD<T>, beside: &ArrayD<T>, change: impl
     } else {
         let beside = beside.par_chunks(CHUNK);
         values.par_chunks_mut(CHUNK).zip(beside).for_each(|(values, beside)| change(values, beside));
+    }
+}
+
+/// The same of two arrays at once.
+fn two_in_chunks<T: Scalar>(
+    values: [&mut ArrayD<T>; 2],
+    beside: &ArrayD<T>,
+    change: impl Fn([&mut [T]; 2], &[T]) + Sync,
+) {
+    let [first, second] = values.map(|values| values.as_slice_mut().expect("standard layout"));
+    let beside = beside.as_slice().expect("standard layout");
+    if beside.len() < PARALLEL_ELEMENTS {
+        change([first, second], beside);
+    } else {
+        let values = first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK));
+        values.zip(beside.par_chunks(CHUNK)).for_each(|((first, second), beside)| change([first, second], beside));
     }
 }
 
@@ -149,27 +165,27 @@ fn logistic_slope<T: Scalar>(slope: &mut [T], share: &[T]) {
 
 impl GeluSettings {
     /// The share of x that is let through, phi: the normal distribution, or the logistic function that approximates it.
-    fn share<T: Scalar>(self, x: &ArrayD<T>, pass: &Pass<'_, T>) -> ArrayD<T> {
+    fn share<T: Scalar>(self, share: &mut [T], x: &[T]) {
         let half = T::from_f64(0.5);
         let root_half = T::from_f64(std::f64::consts::FRAC_1_SQRT_2);
-        let mut share = pass.array(x.shape());
-        in_chunks(&mut share, x, |share, x| match self.approximate {
+        match self.approximate {
             Approximate::None => {
                 let normal = |x: T| half * (T::one() + (x * root_half).erf());
                 share.iter_mut().zip(x).for_each(|(share, &x)| *share = normal(x));
             }
             Approximate::Tanh => logistic(share, x),
-        });
-        share
+        }
     }
 }
 
 impl<T: Scalar> Module<T> for GeluSettings {
     fn forward<'m>(&'m self, x: Signal<T>, pass: &Pass<'m, T>) -> Result<Forward<'m, T>> {
         let x = in_standard_layout(x.values()?);
-        let share = self.share(&x, pass);
-        let mut y = pass.copy(&x);
-        in_chunks(&mut y, &share, |y, share| times_each(y, share, |share| share)); // E83, E85
+        let [mut share, mut y] = [(); 2].map(|()| pass.array(x.shape()));
+        two_in_chunks([&mut share, &mut y], &x, |[share, y], x| {
+            self.share(share, x);
+            scale_each(share, x, y); // E83, E85
+        });
         let pass = pass.clone();
         let approximate = self.approximate;
         Ok((

@@ -6,7 +6,7 @@ use super::{Back, Described, Find, Forward, LinearMap, Module, Pass, Signal, def
 use crate::matmul::{Accumulate, product_into_on_this_thread, run_tasks};
 use crate::simd;
 use crate::{Error, Real, Result, Scalar};
-use ndarray::{Array3, Array4, ArrayD, ArrayView2, ArrayView4, ArrayViewMut2, Axis, Ix3, Ix4, Zip};
+use ndarray::{Array3, Array4, ArrayD, ArrayView2, ArrayView4, ArrayViewMut2, Axis, Ix3, Ix4, Slice, Zip};
 use rand_pcg::Pcg64;
 use serde::{Deserialize, Serialize};
 
@@ -92,6 +92,32 @@ fn small<T: Scalar>(scale: T, a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, c: Arr
     product_into_on_this_thread(scale, a, b, Accumulate::Replace, c);
 }
 
+/// Places whose attention is computed together where it is causal.
+const TOGETHER: usize = 32;
+
+/// The places in blocks, each with all that its last one sees: products with what none of them sees are left out.
+fn blocks(length: usize, causal: bool) -> impl Iterator<Item = [Slice; 2]> {
+    let together = if causal { TOGETHER } else { length.max(1) };
+    (0..length).step_by(together).map(move |start| {
+        let end = (start + together).min(length);
+        [Slice::from(start..end), Slice::from(..end)]
+    })
+}
+
+/// Some rows of a matrix.
+fn rows<'x, T>(matrix: ArrayView2<'x, T>, rows: Slice) -> ArrayView2<'x, T> {
+    matrix.slice_axis_move(Axis(0), rows)
+}
+
+/// The part of a matrix of places by places, or of its transpose.
+fn part<'x, T>(matrix: ArrayView2<'x, T>, of_rows: Slice, of_columns: Slice) -> ArrayView2<'x, T> {
+    rows(matrix, of_rows).slice_axis_move(Axis(1), of_columns)
+}
+
+fn part_mut<'x, T>(matrix: &'x mut ArrayViewMut2<'_, T>, of_rows: Slice, of_columns: Slice) -> ArrayViewMut2<'x, T> {
+    matrix.slice_axis_mut(Axis(0), of_rows).slice_axis_move(Axis(1), of_columns)
+}
+
 /// What the heads make of queries, keys and values `[batch, length, embed_dim]`: y, and how much each place attended to
 /// each other, `[batch, heads, length, length]`.
 fn attend<T: Scalar>(
@@ -116,16 +142,17 @@ fn attend<T: Scalar>(
         |(), (sample, (mut y, mut weights))| {
             let of = |all, head| head_of(all, sample, head);
             for (head, mut weights) in weights.outer_iter_mut().enumerate() {
-                small(scale, of(&q, head), of(&k, head).t(), weights.view_mut()); // E109
+                for [places, seen] in blocks(length, settings.causal) {
+                    let (q, k) = (rows(of(&q, head), places), rows(of(&k, head), seen));
+                    small(scale, q, k.t(), part_mut(&mut weights, places, seen)); // E109
+                }
                 softmax_rows(weights.view_mut(), settings.causal);
-                let y = y.index_axis_mut(Axis(1), head);
-                match mask {
-                    None => small(T::one(), weights.view(), of(&v, head), y), // E111
-                    Some(mask) => {
-                        let mask = mask.index_axis(Axis(0), sample);
-                        let dropped = &weights * &mask.index_axis(Axis(0), head);
-                        small(T::one(), dropped.view(), of(&v, head), y); // E111
-                    }
+                let dropped = mask.map(|mask| &weights * &mask.index_axis(Axis(0), sample).index_axis(Axis(0), head));
+                let weights = dropped.as_ref().map_or(weights.view(), |dropped| dropped.view());
+                let mut y = y.index_axis_mut(Axis(1), head);
+                for [places, seen] in blocks(length, settings.causal) {
+                    let (weights, v) = (part(weights, places, seen), rows(of(&v, head), seen));
+                    small(T::one(), weights, v, y.slice_axis_mut(Axis(0), places)); // E111
                 }
             }
         },
@@ -137,6 +164,7 @@ fn attend<T: Scalar>(
 fn attend_backward<T: Scalar>(
     [q, k, v]: [&Array3<T>; 3],
     weights: &Array4<T>,
+    causal: bool,
     mask: Option<&Array4<T>>,
     dy: &Array3<T>,
     pass: &Pass<'_, T>,
@@ -167,19 +195,28 @@ fn attend_backward<T: Scalar>(
                     dropped.view()
                 }
             };
-            small(T::one(), attended.t(), dy.view(), dv.index_axis_mut(Axis(1), head)); // E112
-            small(T::one(), dy.view(), of(&v, head).t(), dscores.view_mut()); // E116
-            if let Some(mask) = &mask {
-                *dscores *= mask;
+            let [mut dq, mut dk, mut dv] = [&mut dq, &mut dk, &mut dv].map(|all| all.index_axis_mut(Axis(1), head));
+            for [places, seen] in blocks(length, causal) {
+                let (weights, mut dscores) = (rows(weights, places), dscores.slice_axis_mut(Axis(0), places));
+                let mut dscores = dscores.slice_axis_mut(Axis(1), seen);
+                small(T::one(), rows(dy, places), rows(of(&v, head), seen).t(), dscores.view_mut()); // E116
+                if let Some(mask) = &mask {
+                    dscores *= &part(mask.view(), places, seen);
+                }
+                for (mut row, weights) in dscores.outer_iter_mut().zip(weights.outer_iter()) {
+                    let row = row.as_slice_mut().expect("rows of a fresh array");
+                    let weights = &weights.to_slice().expect("rows of a fresh array")[..row.len()];
+                    let mean = simd::dot(row, weights);
+                    row.iter_mut().zip(weights).for_each(|(dscore, &weight)| *dscore = weight * (*dscore - mean)); // E117
+                }
+                small(scale, dscores.view(), rows(of(&k, head), seen), dq.slice_axis_mut(Axis(0), places)); // E118
             }
-            for (mut row, weights) in dscores.outer_iter_mut().zip(weights.outer_iter()) {
-                let row = row.as_slice_mut().expect("rows of a fresh array");
-                let weights = weights.to_slice().expect("rows of a fresh array");
-                let mean = simd::dot(row, weights);
-                row.iter_mut().zip(weights).for_each(|(dscore, &weight)| *dscore = weight * (*dscore - mean)); // E117
+            for [places, _] in blocks(length, causal) {
+                let seeing = Slice::from(if causal { places.start } else { 0 }..);
+                let (attended, dscores) = (part(attended, seeing, places), part(dscores.view(), seeing, places));
+                small(T::one(), attended.t(), rows(dy, seeing), dv.slice_axis_mut(Axis(0), places)); // E112
+                small(scale, dscores.t(), rows(of(&q, head), seeing), dk.slice_axis_mut(Axis(0), places)); // E119
             }
-            small(scale, dscores.view(), of(&k, head), dq.index_axis_mut(Axis(1), head)); // E118
-            small(scale, dscores.t(), of(&q, head), dk.index_axis_mut(Axis(1), head)); // E119
         }
     });
     gradients
@@ -214,7 +251,7 @@ impl<T: Scalar> Module<T> for SelfAttention<T> {
         let (attended, weights) = attend([&q, &k, &v], &self.settings, mask.as_ref(), pass);
         let inner = wanted || self.projections[..3].iter().any(|projection| projection.is_trained());
         let (y, back_out) = self.project(3, attended.into_dyn(), pass, inner)?;
-        let pass = pass.clone();
+        let (pass, causal) = (pass.clone(), self.settings.causal);
         Ok((
             y,
             Box::new(move |dy| {
@@ -226,7 +263,7 @@ impl<T: Scalar> Module<T> for SelfAttention<T> {
                 };
                 let Some(dattended) = take(3, back_out(dy)?) else { return Ok(Back { x: None, parameters }) };
                 let dattended = three_axes(dattended);
-                let gradients = attend_backward([&q, &k, &v], &weights, mask.as_ref(), &dattended, &pass);
+                let gradients = attend_backward([&q, &k, &v], &weights, causal, mask.as_ref(), &dattended, &pass);
                 [q, k, v, dattended].into_iter().for_each(|array| pass.recycle(array));
                 pass.recycle(weights);
                 let mut dx: Option<ArrayD<T>> = None;

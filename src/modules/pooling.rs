@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use std::hint::select_unpredictable;
 
 /// PyTorch's `nn.MaxPool1d` (N = 1) and `nn.MaxPool2d` (N = 2): x `[batch, channels, size...]`. Of equal ones the first
-/// is the largest.
+/// is the largest; a NaN is larger than any number, and of several the last is the largest.
 ///
 /// ```
 /// use ndarray::array;
@@ -212,7 +212,7 @@ impl<T: Scalar, const N: usize> Module<T> for MaxPooling<N> {
                 for (largest, &place) in largest.iter_mut().zip(tap) {
                     let (old, new) = (x[*largest as usize], x[place as usize]);
                     // A NaN is the largest, so that it is seen.
-                    let beats = (new > old) | (new.is_nan() & !old.is_nan());
+                    let beats = (new > old) | new.is_nan();
                     *largest = select_unpredictable(beats, place, *largest); // E90
                 }
             }

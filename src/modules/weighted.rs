@@ -1,6 +1,7 @@
 //! Layers with a weight: plain, frozen or trained, or frozen under an adapter. SPEC.md, sections 6 and 13.8.
 
 use super::{Back, Described, Find, Forward, Module, Parameter, Pass, Signal, yes};
+use crate::matmul::both;
 use crate::operators::{
     Conv, ConvSettings, Embedding, EmbeddingSettings, Extents, Input, Linear, LinearSettings, Operator, Padding,
     PaddingMode, channel_sums, in_standard_layout,
@@ -135,20 +136,25 @@ impl<T: Scalar> Plain<T> {
             y,
             Box::new(move |dy| {
                 let dy = in_standard_layout(dy).into_shape_with_order(of_output).expect("as y");
-                let mut parameters = Vec::new();
-                if self.trained {
-                    let dweight = operator.stored_weight(operator.adjoint_weight(&x, dy.view())); // E114
-                    parameters.push(("weight".to_string(), dweight));
-                    let dbias = self.bias.as_ref().map(|_| channel_sums(dy.view()).into_dyn()); // E115
-                    parameters.extend(dbias.map(|dbias| ("bias".to_string(), dbias)));
-                }
+                let of_parameters = || {
+                    let mut parameters = Vec::new();
+                    if self.trained {
+                        let dweight = operator.stored_weight(operator.adjoint_weight(&x, dy.view())); // E114
+                        parameters.push(("weight".to_string(), dweight));
+                        let dbias = self.bias.as_ref().map(|_| channel_sums(dy.view()).into_dyn()); // E115
+                        parameters.extend(dbias.map(|dbias| ("bias".to_string(), dbias)));
+                    }
+                    parameters
+                };
                 let wanted = pass.requires_grad_x() && x.values().is_some();
-                let dx = wanted.then(|| {
-                    let mut dx = pass.array(x.shape());
-                    let pairs = [(dy.view(), operator.weight_matrix(self.weight.view()))];
-                    operator.adjoint_input_into(&x, &pairs, dx.view_mut());
-                    dx
-                });
+                let mut dx = wanted.then(|| pass.array(x.shape()));
+                let of_input = || {
+                    if let Some(dx) = &mut dx {
+                        let pairs = [(dy.view(), operator.weight_matrix(self.weight.view()))];
+                        operator.adjoint_input_into(&x, &pairs, dx.view_mut());
+                    }
+                };
+                let (parameters, ()) = both(2 * dy.len() * operator.fan_in(), of_parameters, of_input);
                 pass.recycle(dy);
                 x.into_values().into_iter().for_each(|x| pass.recycle_input(x));
                 Ok(Back { x: dx, parameters })

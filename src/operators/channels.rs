@@ -6,12 +6,14 @@
 
 use super::group_slice;
 use crate::Scalar;
-use crate::matmul::{Accumulate, product_into, product_into_on_this_thread, run_tasks};
+use crate::matmul::{Accumulate, product_into, product_into_on_this_thread, run_small_tasks, run_tasks};
 use crate::simd::{self, contiguous};
 use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, Slice};
 
 /// Elementwise passes over at least this many elements are spread over threads.
 pub const PARALLEL_ELEMENTS: usize = 1 << 16;
+/// So many of them at least are one thread's.
+const TOGETHER: usize = 1 << 13;
 /// Outer positions of a block where there is one inner position, and inner positions of one outer position elsewhere.
 const BLOCK: [usize; 2] = [64, 1024];
 /// A sum over all blocks is taken in at most this many parts, which are added up in order: it does not depend on the
@@ -56,7 +58,8 @@ pub(crate) fn for_each<I: Send>(elements: usize, blocks: impl Iterator<Item = I>
     if elements < PARALLEL_ELEMENTS {
         blocks.for_each(run);
     } else {
-        run_tasks(blocks.collect(), || (), |(), block| run(block));
+        let blocks: Vec<I> = blocks.collect();
+        run_small_tasks(blocks.len() * TOGETHER / elements, blocks, || (), |(), block| run(block));
     }
 }
 

@@ -34,6 +34,9 @@ pub struct Embedding {
     pub embed_scale: f64,
 }
 
+/// Units whose gradient one task adds up.
+const UNITS: usize = 48;
+
 impl Embedding {
     /// A table of this size with PyTorch's default settings.
     pub fn new(num_embeddings: usize, embedding_dim: usize) -> Self {
@@ -210,11 +213,16 @@ impl Operator for Embedding {
     fn adjoint_weight_into<T: Scalar>(&self, x: &Ids, dy: ArrayView3<'_, T>, mut dweight: ArrayViewMut2<'_, T>) {
         let scale = T::from_f64(self.embed_scale);
         let fraction = self.fraction(x);
-        dweight.fill(T::zero());
-        for (dy, id) in dy.index_axis(Axis(2), 0).outer_iter().zip(self.columns(x)) {
-            let part = fraction.as_ref().map_or(scale, |fraction| scale * T::from_f64(fraction[id]));
-            dweight.column_mut(id).scaled_add(part, &dy); // E40
-        }
+        let dy = dy.index_axis(Axis(2), 0);
+        // Ids may be anywhere, and the same one again: what is shared out is units.
+        let blocks = dweight.axis_chunks_iter_mut(Axis(0), UNITS).zip(dy.axis_chunks_iter(Axis(1), UNITS));
+        for_each(dy.len(), blocks, |(mut dweight, dy)| {
+            dweight.fill(T::zero());
+            for (dy, id) in dy.outer_iter().zip(self.columns(x)) {
+                let part = fraction.as_ref().map_or(scale, |fraction| scale * T::from_f64(fraction[id]));
+                dweight.column_mut(id).scaled_add(part, &dy); // E40
+            }
+        });
     }
 
     fn gradient_fraction<T: Scalar>(&self, x: &Ids) -> Option<Vec<f64>> {

@@ -7,7 +7,7 @@ use super::shifts::Shifts;
 use super::unfold::{TILE, Walk, Windows};
 use super::{Operator, group_slice};
 use crate::Scalar;
-use crate::matmul::{Accumulate, product_into_on_this_thread, run_tasks};
+use crate::matmul::{Accumulate, PARALLEL_FLOPS, product_into_on_this_thread, run_small_tasks, run_tasks};
 use crate::simd::contiguous;
 use ndarray::{
     Array2, Array3, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, CowArray, Ix2, Slice, concatenate,
@@ -16,6 +16,8 @@ use std::ops::Range;
 
 /// Channels that one task of `inputs` folds.
 const CHANNELS: usize = 16;
+/// Tiles are shared out so many at a time that a thread has this many operations to do at least.
+const UNFOLDED_FLOPS: usize = PARALLEL_FLOPS / 8;
 /// Rows of a cotangent are spread over an image as many at a time as make this many elements; where one makes more, none is.
 const SPREAD: usize = 1 << 18;
 
@@ -101,7 +103,8 @@ impl<const N: usize> Conv<N> {
         let width = TILE.min(windows.positions());
         let rows = of_groups[0].nrows();
         let scratch = || (windows.walk(), Array2::zeros((self.fan_in(), width)), Array2::zeros((rows, width)));
-        run_tasks(tasks, scratch, |(walk, unfolded, products), (image, tile, mut outputs)| {
+        let least = UNFOLDED_FLOPS / (2 * rows * self.groups * self.fan_in() * width);
+        run_small_tasks(least, tasks, scratch, |(walk, unfolded, products), (image, tile, mut outputs)| {
             for (q, weight) in of_groups.iter().enumerate() {
                 let image = self.of_group(x.index_axis(Axis(0), image), q);
                 let unfolded = walk.unfolded(image, tile.clone(), unfolded);
@@ -243,6 +246,6 @@ impl<const N: usize> Conv<N> {
             }
         };
         let all = (0..images).flat_map(|image| tiles(windows.positions()).map(move |tile| (image, tile)));
-        sum(x.len().max(dy.len()), all, scratch, zero, add, join)
+        sum(x.len(), all, scratch, zero, add, join)
     }
 }

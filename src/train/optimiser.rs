@@ -258,6 +258,9 @@ impl<T: Scalar> Optimiser<T> {
     }
 }
 
+/// Elements of a parameter that one task moves.
+const CHUNK: usize = 1 << 13;
+
 /// One parameter's step.
 struct Move<'a, T> {
     name: String,
@@ -296,11 +299,18 @@ impl<T: Scalar> Move<'_, T> {
         let means = [first, second].map(|mean| mean.as_slice_mut().expect("standard layout"));
         let gradient = gradient.as_standard_layout();
         let gradient = gradient.as_slice().expect("standard layout");
+        let adapt = |parameter: &mut [T]| {
+            let [first, second] = means.map(|mean| mean.par_chunks_mut(CHUNK));
+            let chunks = parameter.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK)).zip(first.zip(second));
+            chunks.for_each(|((parameter, gradient), (first, second))| {
+                adapt_each(factors, parameter, [first, second], gradient);
+            });
+        };
         match parameter.as_slice_mut() {
-            Some(parameter) => adapt_each(factors, parameter, means, gradient),
+            Some(parameter) => adapt(parameter),
             None => {
                 let mut copy = parameter.as_standard_layout().into_owned();
-                adapt_each(factors, copy.as_slice_mut().expect("standard layout"), means, gradient);
+                adapt(copy.as_slice_mut().expect("standard layout"));
                 parameter.assign(&copy);
             }
         }

@@ -87,13 +87,24 @@ impl<T: Scalar> Prepared<T> {
     /// Some of the samples, and what is to be said of them.
     pub fn batch(&self, samples: &[usize]) -> (Signal<T>, Targets<T>) {
         let x = match &self.x {
-            Signal::Values(values) => Signal::Values(values.select(Axis(0), samples)),
-            Signal::Ids(ids) => Signal::Ids(ids.select(Axis(0), samples)),
+            Signal::Values(values) => Signal::Values(select(values, samples)),
+            Signal::Ids(ids) => Signal::Ids(select(ids, samples)),
         };
         let targets = match &self.targets {
-            Targets::Classes(classes) => Targets::Classes(classes.select(Axis(0), samples)),
-            Targets::Values(values) => Targets::Values(values.select(Axis(0), samples)),
+            Targets::Classes(classes) => Targets::Classes(select(classes, samples)),
+            Targets::Values(values) => Targets::Values(select(values, samples)),
         };
         (x, targets)
     }
+}
+
+/// Some of the samples along the first axis. ndarray's `select` looks at each of them as an array.
+fn select<E: Copy>(all: &ArrayD<E>, samples: &[usize]) -> ArrayD<E> {
+    let all = all.as_standard_layout();
+    let of_sample = all.len() / all.len_of(Axis(0)).max(1);
+    let elements = all.as_slice().expect("standard layout");
+    let mut selected = Vec::with_capacity(samples.len() * of_sample);
+    samples.iter().for_each(|sample| selected.extend_from_slice(&elements[sample * of_sample..][..of_sample]));
+    let shape: Vec<usize> = [samples.len()].iter().chain(&all.shape()[1..]).copied().collect();
+    ArrayD::from_shape_vec(shape, selected).expect("as many elements as the samples have")
 }
