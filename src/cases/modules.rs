@@ -234,7 +234,7 @@ pub const MODULES: &[ModuleSpec] = &[
         ..module(
             "module-self_attention-dropout",
             r#"{"type": "self_attention", "embed_dim": 4, "num_heads": 2, "causal": true, "dropout": 0.5}"#,
-            &[2, 4, 4],
+            &[2, 35, 4],
         )
     },
     ModuleSpec { identities: HOMOGENEOUS, ..module("module-dropout", r#"{"type": "dropout", "p": 0.5}"#, &[4, 6]) },
