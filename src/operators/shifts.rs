@@ -32,6 +32,8 @@ pub(super) struct Shifts {
     taps: Vec<Tap>,
     /// Places from one line to the next.
     line: usize,
+    /// Places that images side by side may take.
+    together: usize,
 }
 
 /// What a kernel position reads.
@@ -73,7 +75,8 @@ impl Shifts {
         let fits = channels >= CHANNELS || is_depthwise(rows, channels);
         // A kernel of one position has nothing to save.
         let pays = fits && band < taps.len() * TILE && band * channels <= BAND;
-        pays.then(|| Self { axes, sources: axes.map(|axis| axis.padded_sources()), sheets, taps, line })
+        let together = (BAND / (sheets.len() * channels)).min(2 * TILE);
+        pays.then(|| Self { axes, sources: axes.map(|axis| axis.padded_sources()), sheets, taps, line, together })
     }
 
     /// The adjoint's, a convolution of cotangents with the kernel reversed: its outputs are the input. `None` also where
@@ -100,7 +103,7 @@ impl Shifts {
     fn tiles(&self, images: usize) -> Vec<Tile> {
         let [outputs, lines, columns] = self.axes.map(|axis| axis.output());
         let places = (lines - 1) * self.line + columns;
-        let together = TILE / self.pitch();
+        let together = self.together / self.pitch();
         if outputs == 1 && together > 1 {
             // So many that a few threads have as many each.
             let tiles = images.div_ceil(together).next_multiple_of(4).min(images);
