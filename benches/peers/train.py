@@ -4,7 +4,8 @@
 
 Prints for every configuration, type of numbers and stage the largest difference between the losses, and the median time of
 a step of both. Fails where losses differ by more than 1e-4 in f32 or 1e-9 in f64. Needs torch and safetensors, and a
-release build of wora. In PyTorch, the time of a step is without that of collecting its batch. Times mean something only on
+release build of wora. In f32, rounding decides a ReLU or a pool otherwise once in some hundred steps, and the curves part
+there: so they do with some seeds. In PyTorch, the time of a step is without that of collecting its batch. Times mean something only on
 a machine that does nothing else: threads that wait for each other, as PyTorch's do, wait for other processes too.
 """
 import argparse
@@ -228,7 +229,7 @@ def shortened(text, dtype, steps):
     return f'dtype = "{dtype}"\n' + text
 
 
-def run_wora(wora, path, dtype, steps, threads):
+def run_wora(wora, path, dtype, steps, threads, seed=None):
     """The configuration as it was run, and a stage's trace and lines by its name."""
     # What a configuration names is looked for from its own directory.
     copy = path.parent / f".{path.stem}-{os.getpid()}.toml"
@@ -240,6 +241,7 @@ def run_wora(wora, path, dtype, steps, threads):
         try:
             copy.write_text(text)
             command = [wora, "train", copy, "--out", out, "--trace", str(steps), "--threads", str(threads)]
+            command += [] if seed is None else ["--seed", str(seed)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         finally:
             copy.unlink(missing_ok=True)
@@ -252,7 +254,7 @@ def compare(wora, path, dtype, args):
     """One line a stage."""
     found = collections.defaultdict(lambda: {"differences": [], "torch": [], "wora": []})
     for _ in range(args.rounds):
-        config, stages = run_wora(wora, path, dtype, args.steps, args.threads)
+        config, stages = run_wora(wora, path, dtype, args.steps, args.threads, args.seed)
         for stage, (trace, lines) in stages.items():
             losses, factors, seconds = repeat(config, stage, trace, args.steps)
             assert len(lines) == args.steps
@@ -273,6 +275,7 @@ def main():
     parser.add_argument("configs", nargs="*", type=pathlib.Path, default=CONFIGS)
     parser.add_argument("--dtype", choices=["f32", "f64"], action="append")
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, help="in place of the configuration's")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print a list instead of a table")
