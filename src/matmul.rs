@@ -106,8 +106,8 @@ pub(crate) fn run_small_tasks<I: Send, S, R: Send>(
     }
 }
 
-/// Does two things, of so many floating-point operations each: side by side where each by itself would be left to one
-/// thread, and that takes longer than waking another.
+/// Does two things, of so many floating-point operations each: side by side where a product of as many would be left to one
+/// thread, and takes it longer than waking another.
 pub(crate) fn both<A: Send, B: Send>(
     flops: usize,
     one: impl FnOnce() -> A + Send,

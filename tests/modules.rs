@@ -45,6 +45,9 @@ fn of_equal_ones_the_first_is_the_largest() {
     let two = array![[[f64::NAN, 1.0, f64::NAN]]].into_dyn();
     let (_, dx) = run(r#"{"type": "max_pool1d", "kernel_size": 3}"#, two, array![[[1.0]]].into_dyn());
     assert_eq!(dx, array![[[0.0, 0.0, 1.0]]].into_dyn(), "PyTorch's choice");
+    let padded = r#"{"type": "max_pool1d", "kernel_size": 3, "stride": 1, "padding": 1}"#;
+    let (_, dx) = run(padded, array![[[f64::NAN, f64::NAN]]].into_dyn(), array![[[1.0, 10.0]]].into_dyn());
+    assert_eq!(dx, array![[[0.0, 11.0]]].into_dyn(), "padding is no NaN that comes later");
 }
 
 #[test]

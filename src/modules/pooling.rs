@@ -101,12 +101,15 @@ impl Places {
         all.filter(|&source| source != PADDING).map(|source| source as usize)
     }
 
-    /// The same with the first that an output sees in place of padding; `None` where an output sees nothing else.
+    /// The same with what an output has seen before, or sees first, in place of padding; `None` where an output sees
+    /// nothing else.
     fn without_padding(mut self) -> Option<Self> {
         for output in 0..self.outputs {
-            let first = self.of(output).next()? as u32;
-            let sources = self.sources.iter_mut().skip(output).step_by(self.outputs);
-            sources.filter(|source| **source == PADDING).for_each(|source| *source = first);
+            let mut seen = self.of(output).next()? as u32;
+            for source in self.sources.iter_mut().skip(output).step_by(self.outputs) {
+                seen = if *source == PADDING { seen } else { *source };
+                *source = seen;
+            }
         }
         Some(self)
     }
@@ -151,12 +154,15 @@ impl<const N: usize> Window<N> {
             }
             let padded = sizes[axis] + 2 * self.padding[axis];
             let reach = self.dilation[axis].saturating_mul(self.kernel[axis] - 1).saturating_add(1);
-            if reach > padded || u32::try_from(sizes[axis]).is_err() {
+            if reach > padded {
                 return Err(misfit(format!("a size of at least {reach} with its padding along axis {}", axis + 2))); // C1
             }
             extents[axis] = (padded - reach) / self.stride[axis] + 1;
         }
-        let (inputs, outputs) = (sizes.iter().product(), extents.iter().product());
+        let (inputs, outputs): (usize, _) = (sizes.iter().product(), extents.iter().product());
+        if inputs >= PADDING as usize {
+            return Err(misfit(format!("fewer than {PADDING} elements a channel"))); // C1
+        }
         let mut sources = Vec::new();
         for within in ndarray::indices(self.kernel.as_slice()) {
             for output in ndarray::indices(extents.as_slice()) {
@@ -318,5 +324,17 @@ impl<const N: usize> Described for AveragePooling<N> {
         let places = window.places(x.shape()).expect("an input that fits");
         let elements = R::constant(window.elements() as f64);
         windows(&x, &places, |seen| seen.fold(R::constant(0.0), |sum, x| sum + x) / elements) // E92
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_channel_of_more_elements_than_are_counted_is_refused() {
+        let window = Window::<2>::new(&Extents::All(1 << 15), None, None, None).expect("a window");
+        let refused = window.places(&[1, 1, 1 << 16, 1 << 16]).err().expect("C1").to_string();
+        assert_eq!(refused, "x: expected shape fewer than 4294967295 elements a channel, found [1, 1, 65536, 65536]");
     }
 }

@@ -18,7 +18,7 @@ use std::ops::Range;
 const CHANNELS: usize = 16;
 /// Products of no more rows and channels than this are taken row by row instead.
 const DEPTHWISE: usize = 4;
-/// Elements of the padded input that a task may hold.
+/// Elements of the padded input that a task may hold, but for the end of a tile's last window.
 const BAND: usize = 1 << 19;
 
 /// Where every kernel position reads. There are always three axes: the missing ones, in front, have one position.
@@ -75,7 +75,7 @@ impl Shifts {
         let fits = channels >= CHANNELS || is_depthwise(rows, channels);
         // A kernel of one position has nothing to save.
         let pays = fits && band < taps.len() * TILE && band * channels <= BAND;
-        let together = (BAND / (sheets.len() * channels)).min(2 * TILE);
+        let together = if pays { places_together(sheets.len() * channels) } else { 0 };
         pays.then(|| Self { axes, sources: axes.map(|axis| axis.padded_sources()), sheets, taps, line, together })
     }
 
@@ -103,7 +103,7 @@ impl Shifts {
     fn tiles(&self, images: usize) -> Vec<Tile> {
         let [outputs, lines, columns] = self.axes.map(|axis| axis.output());
         let places = (lines - 1) * self.line + columns;
-        let together = self.together / self.pitch();
+        let together = self.images_together();
         if outputs == 1 && together > 1 {
             // So many that a few threads have as many each.
             let tiles = images.div_ceil(together).next_multiple_of(4).min(images);
@@ -125,6 +125,11 @@ impl Shifts {
     /// Places from one image of a tile to the next.
     fn pitch(&self) -> usize {
         self.axes[1].pitch() * self.line
+    }
+
+    /// How many images fit side by side.
+    fn images_together(&self) -> usize {
+        self.together / self.pitch()
     }
 
     /// How many places a tile's products have, and how many of the padded input they read.
@@ -367,6 +372,11 @@ impl Shifts {
         };
         lines.map(of_line).filter(|places| !places.is_empty()).collect()
     }
+}
+
+/// Places that images side by side may take where so many rows hold their padded input.
+fn places_together(rows: usize) -> usize {
+    (BAND / rows.max(1)).min(2 * TILE)
 }
 
 /// How much further the last kernel position reads than the first.

@@ -103,7 +103,7 @@ impl<const N: usize> Conv<N> {
         let width = TILE.min(windows.positions());
         let rows = of_groups[0].nrows();
         let scratch = || (windows.walk(), Array2::zeros((self.fan_in(), width)), Array2::zeros((rows, width)));
-        let least = UNFOLDED_FLOPS / (2 * rows * self.groups * self.fan_in() * width);
+        let least = UNFOLDED_FLOPS / (2 * rows * self.groups * self.fan_in() * width).max(1);
         run_small_tasks(least, tasks, scratch, |(walk, unfolded, products), (image, tile, mut outputs)| {
             for (q, weight) in of_groups.iter().enumerate() {
                 let image = self.of_group(x.index_axis(Axis(0), image), q);

@@ -3,6 +3,7 @@
 use super::data::{Dataset, Features, Targets as DataTargets};
 use crate::modules::Loss;
 use crate::modules::{Signal, Targets};
+use crate::operators::in_standard_layout;
 use crate::{Error, Result, Scalar};
 use ndarray::{ArrayD, Axis};
 
@@ -37,13 +38,13 @@ impl<T: Scalar> Prepared<T> {
     ///
     /// A loss that its targets do not have.
     pub fn new(dataset: Dataset, loss: Option<Loss>) -> Result<Self> {
-        let cast = |values: ArrayD<f64>| values.mapv(T::from_f64);
+        let cast = |values: ArrayD<f64>| in_standard_layout(values.mapv(T::from_f64));
         let x = match dataset.features {
             Features::Values(values) => Signal::Values(cast(values)),
-            Features::Ids(ids) => Signal::Ids(ids),
+            Features::Ids(ids) => Signal::Ids(in_standard_layout(ids)),
         };
         let (targets, natural) = match dataset.targets {
-            DataTargets::Classes(classes) => (Targets::Classes(classes), Loss::CrossEntropy),
+            DataTargets::Classes(classes) => (Targets::Classes(in_standard_layout(classes)), Loss::CrossEntropy),
             DataTargets::Values(values) => (Targets::Values(cast(values)), Loss::MeanSquaredError),
         };
         match loss.filter(|&loss| loss != natural) {
@@ -100,7 +101,6 @@ impl<T: Scalar> Prepared<T> {
 
 /// Some of the samples along the first axis. ndarray's `select` looks at each of them as an array.
 fn select<E: Copy>(all: &ArrayD<E>, samples: &[usize]) -> ArrayD<E> {
-    let all = all.as_standard_layout();
     let of_sample = all.len() / all.len_of(Axis(0)).max(1);
     let elements = all.as_slice().expect("standard layout");
     let mut selected = Vec::with_capacity(samples.len() * of_sample);
