@@ -376,7 +376,7 @@ impl Shifts {
 
 /// Places that images side by side may take where so many rows hold their padded input.
 fn places_together(rows: usize) -> usize {
-    (BAND / rows.max(1)).min(2 * TILE)
+    (BAND / 2 / rows.max(1)).min(2 * TILE)
 }
 
 /// How much further the last kernel position reads than the first.
